@@ -1,0 +1,9 @@
+"""The public ops, one import away: `from fastvid.functional import norm_modulate`.
+
+Every op works under autograd, `torch.compile`, `torch.export` and on meta tensors, and runs on
+whatever device its tensors are on.
+"""
+
+from fastvid.kernels.modulate.op import norm_modulate
+
+__all__ = ["norm_modulate"]

@@ -1,0 +1,47 @@
+"""What `norm_modulate` means: plain PyTorch on any device, best run in float64."""
+
+import torch
+from torch import Tensor
+
+
+def norm_modulate(
+    x: Tensor, shift: Tensor, scale: Tensor, *, rms: bool = False, eps: float = 1e-6
+) -> Tensor:
+    """`norm(x) * (1 + scale) + shift`, shapes as in `op.norm_modulate`."""
+    normed, _ = _normalize(x, rms, eps)
+    return normed * (1 + per_token(scale, x)) + per_token(shift, x)
+
+
+def norm_modulate_backward(
+    dy: Tensor, x: Tensor, scale: Tensor, *, rms: bool = False, eps: float = 1e-6
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, shift and scale, written out."""
+    normed, rstd = _normalize(x, rms, eps)
+    g = dy * (1 + per_token(scale, x))
+    dx = g - normed * (g * normed).mean(-1, keepdim=True)
+    if not rms:
+        dx = dx - g.mean(-1, keepdim=True)
+    return dx * rstd, per_group(dy, scale), per_group(dy * normed, scale)
+
+
+def _normalize(x: Tensor, rms: bool, eps: float) -> tuple[Tensor, Tensor]:
+    centred = x if rms else x - x.mean(-1, keepdim=True)
+    rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    return centred * rstd, rstd
+
+
+def per_token(modulation: Tensor, x: Tensor) -> Tensor:
+    """Repeat (B|1, D) or (B|1, groups, D) to one row per token, (B, N, D)."""
+    groups = modulation if modulation.dim() == 3 else modulation.unsqueeze(1)
+    tokens = x.shape[1] // max(groups.shape[1], 1)
+    return groups.repeat_interleave(tokens, dim=1).expand(x.shape)
+
+
+def per_group(rows: Tensor, modulation: Tensor) -> Tensor:
+    """Sum (B, N, D) rows to the shape of `modulation`: the transpose of `per_token`."""
+    B, N, D = rows.shape
+    groups = modulation.shape[1] if modulation.dim() == 3 else 1
+    summed = rows.reshape(B, groups, N // max(groups, 1), D).sum(2)
+    if modulation.shape[0] == 1:
+        summed = summed.sum(0, keepdim=True)
+    return summed.reshape(modulation.shape)
