@@ -1,0 +1,418 @@
+"""VDT: a video diffusion transformer with alternating temporal and spatial attention.
+
+Source: Lu et al., "VDT: General-purpose Video Diffusion Transformers via Mask Modeling",
+arXiv:2305.13311. Blocks attend over time, then over space, then apply the MLP; the timestep
+modulates the last two. Written from the published description.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastvid.modules.attention import SpatialAttention, TemporalAttention
+from fastvid.modules.embeddings import (
+    TimestepEmbedding,
+    resize_grid,
+    resize_line,
+    sincos_grid,
+    sincos_table,
+)
+from fastvid.modules.hub import HubModel, load_strictly, read_weights, refuse_mismatch
+from fastvid.modules.mlp import MLP
+from fastvid.modules.modulation import gated_residual, modulated
+
+_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # of the published widths; shapes do not tell
+
+
+@dataclass(frozen=True, kw_only=True)
+class VDTConfig:
+    """What a VDT is made of. `height`, `width` and `frames` are the maxima, in latent cells."""
+
+    channels: int = 4
+    height: int = 16
+    width: int = 16
+    frames: int = 16
+    patch: int = 2
+    dim: int = 1152
+    depth: int = 28
+    heads: int = 16
+    mlp_ratio: float = 4.0
+    num_classes: int = 1
+    class_dropout: float = 0.1  # > 0 adds the row of the dropped label to the label table
+    drop_labels: bool = True  # in training, as the official code does even with a single class
+    learned_variance: bool = True
+    mode: Literal["video", "image"] = "video"
+
+    def __post_init__(self):
+        sizes = ("channels", "height", "width", "frames", "patch", "dim", "depth", "heads")
+        for name in (*sizes, "num_classes"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be positive, got {value}")
+        for name, divisor in (("height", self.patch), ("width", self.patch), ("dim", self.heads)):
+            if (value := getattr(self, name)) % divisor:
+                raise ValueError(f"{name} must be a multiple of {divisor}, got {value}")
+        if self.dim % 4:
+            raise ValueError(f"dim must be a multiple of 4 (position tables), got {self.dim}")
+        if not 0 <= self.class_dropout < 1:
+            raise ValueError(f"class_dropout must be in [0, 1), got {self.class_dropout}")
+        if self.mode not in ("video", "image"):
+            raise ValueError(f'mode must be "video" or "image", got {self.mode!r}')
+        if self.mode == "image" and self.frames != 1:
+            raise ValueError(f'mode="image" has frames=1, got frames={self.frames}')
+
+    @property
+    def out_channels(self) -> int:
+        return self.channels * (2 if self.learned_variance else 1)
+
+
+class Block(nn.Module):
+    """Temporal attention, spatial attention, MLP, each added to the stream (B, T, N, D)."""
+
+    def __init__(self, config: VDTConfig):
+        super().__init__()
+        D, heads = config.dim, config.heads
+        self.temporal: TemporalAttention | None = None
+        if config.mode == "video":
+            self.temporal_norm = nn.LayerNorm(D)
+            self.temporal = TemporalAttention(D, heads)
+            self.temporal_fc = nn.Linear(D, D)
+        self.spatial = SpatialAttention(D, heads)
+        self.mlp = MLP(D, int(D * config.mlp_ratio))
+
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """`modulation` (B or 1, 6, D): shift, scale and gate of the spatial branch, of the MLP.
+
+        Where nothing is recorded for a backward, `x` itself is updated.
+        """
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation.unbind(1)
+        if self.temporal is not None:
+            x = gated_residual(x, self.temporal_fc(self.temporal(self.temporal_norm(x))))
+        x = gated_residual(x, self.spatial(modulated(x, shift, scale)), gate)
+        return gated_residual(x, self.mlp(modulated(x, mlp_shift, mlp_scale)), mlp_gate)
+
+
+class VDT(HubModel):
+    """Predict noise (and variance) of video latents, for any T, H, W up to the config's maxima.
+
+    Smaller clips use the first rows of the position tables. Larger ones need longer tables:
+    `VDT.from_official(model.to_official_state_dict(), frames=..., heads=...)`.
+    """
+
+    config_class = VDTConfig
+    config: VDTConfig
+    position: Tensor  # (H / patch, W / patch, D)
+    time: Tensor  # (T, D), in video mode
+
+    def __init__(self, config: VDTConfig):
+        super().__init__()
+        self.config = config
+        self.checkpoint_blocks = 0  # the first so many blocks are recomputed in the backward
+        D, p = config.dim, config.patch
+        self.patch = nn.Linear(config.channels * p * p, D)
+        self.timestep = TimestepEmbedding(D)
+        self.label = nn.Embedding(config.num_classes + (config.class_dropout > 0), D)
+        self.modulation = nn.Linear(D, (6 * config.depth + 2) * D)  # all blocks, then the final
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.final = nn.Linear(D, p * p * config.out_channels)
+        self.register_buffer("position", sincos_grid(config.height // p, config.width // p, D))
+        if config.mode == "video":
+            self.register_buffer("time", sincos_table(config.frames, D))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier for all but the label and timestep tables; every branch gate starts at zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for weight in (self.label.weight, self.timestep.fc1.weight, self.timestep.fc2.weight):
+            nn.init.normal_(weight, std=0.02)
+        for weight in (self.modulation.weight, self.final.weight):
+            nn.init.zeros_(weight)
+
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        *,
+        known: Tensor | None = None,
+        condition_frames: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """One denoising step.
+
+        Args:
+            latents: (B, C, T, H, W), known cells already clean.
+            timestep: (B,) integers, or (1,) when all samples share it (then the modulation is
+                computed once).
+            known: (B, T) or (B, T, H, W) bool, True where given. Only checked: the published
+                model is not told which cells are clean; the sampler or the loss mixes them in.
+            condition_frames: (B, C, Tc, H, W) clean frames put before `latents` on the time axis
+                (the paper's token concatenation); their predictions are dropped.
+            labels: (B,) or (1,) integers, class 0 by default; `num_classes` is "no label".
+        Returns:
+            (B, C, T, H, W), or (B, 2C, T, H, W) with learned variance: noise, then the variance's
+            place between its bounds. Dtype of `latents`.
+        Raises:
+            ValueError: a shape is not the one above or exceeds the config.
+            TypeError: `known` is not bool, `timestep` or `labels` not integers.
+        """
+        given = 0
+        if condition_frames is not None:
+            _check_condition(condition_frames, latents)
+            given = condition_frames.shape[2]
+            latents = torch.cat([condition_frames, latents], dim=2)
+        self._check(latents, timestep, known, given)
+
+        p, dtype = self.config.patch, self.patch.weight.dtype
+        x = rearrange(latents, "b c t (h p) (w q) -> b t (h w) (c p q)", p=p, q=p)
+        x = self.patch(x.to(dtype)) + self._positions(latents)
+        condition = F.silu(self.timestep(timestep) + self._label(len(latents), labels))
+        modulation = self.modulation(condition).unflatten(-1, (-1, self.config.dim))
+        for index, block in enumerate(self.blocks):
+            part = modulation[:, 6 * index : 6 * index + 6]
+            if index < self.checkpoint_blocks and torch.is_grad_enabled():
+                x = checkpoint(block, x, part, use_reentrant=False)
+            else:
+                x = block(x, part)
+        shift, scale = modulation[:, -2:].unbind(1)
+        x = self.final(modulated(x, shift, scale))
+        height = latents.shape[3] // p
+        x = rearrange(x, "b t (h w) (p q c) -> b c t (h p) (w q)", h=height, p=p, q=p)
+        return x[:, :, given:].to(latents.dtype)
+
+    def _positions(self, latents: Tensor) -> Tensor:
+        T, H, W = (latents.shape[2], *(side // self.config.patch for side in latents.shape[3:]))
+        grid = self.position[:H, :W].flatten(0, 1)
+        return grid if self.config.mode == "image" else grid + self.time[:T, None]
+
+    def _label(self, batch: int, labels: Tensor | None) -> Tensor:
+        config = self.config
+        if labels is None:
+            labels = torch.zeros(1, dtype=torch.long, device=self.label.weight.device)
+        elif labels.is_floating_point() or labels.dtype == torch.bool:
+            raise TypeError(f"labels must be integers, got {labels.dtype}")
+        if self.training and config.drop_labels and config.class_dropout > 0:
+            dropped = torch.rand(batch, device=labels.device) < config.class_dropout
+            labels = torch.where(dropped, config.num_classes, labels)
+        return self.label(labels)
+
+    def _check(self, latents: Tensor, timestep: Tensor, known: Tensor | None, given: int) -> None:
+        config = self.config
+        if latents.ndim != 5 or latents.shape[1] != config.channels:
+            expected = f"(B, {config.channels}, T, H, W)"
+            raise ValueError(f"latents must be {expected}, got {tuple(latents.shape)}")
+        B, _, T, H, W = latents.shape
+        if not 0 < T <= config.frames:
+            raise ValueError(
+                f"latents must have 1 to {config.frames} frames, got {T}; load the "
+                f"weights with from_official(..., frames={T}) for more"
+            )
+        for name, size, limit in (("H", H, config.height), ("W", W, config.width)):
+            if size % config.patch or not 0 < size <= limit:
+                raise ValueError(
+                    f"{name} of latents must be a multiple of {config.patch}, at most {limit}, "
+                    f"got {size}"
+                )
+        if timestep.is_floating_point():
+            raise TypeError(f"timestep must be integers, got {timestep.dtype}")
+        if timestep.shape not in ((B,), (1,)):
+            raise ValueError(f"timestep must be ({B},) or (1,), got {tuple(timestep.shape)}")
+        if known is not None:
+            T -= given
+            if known.dtype != torch.bool:
+                raise TypeError(f"known must be bool, True where given, got {known.dtype}")
+            if known.shape not in ((B, T), (B, T, H, W), (1, T), (1, T, H, W)):
+                expected = f"({B}, {T}) or ({B}, {T}, {H}, {W})"
+                raise ValueError(f"known must be {expected}, got {tuple(known.shape)}")
+
+    @classmethod
+    def from_official(
+        cls,
+        source: str | Path | Mapping[str, Tensor],
+        *,
+        config: VDTConfig | None = None,
+        heads: int | None = None,
+        frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        time_interpolation: bool = False,
+    ) -> "VDT":
+        """Read weights under the official names.
+
+        Args:
+            source: state dict, or the path of one: `.safetensors`, else read by `torch.load` with
+                `weights_only=True`.
+            config: what the model is. By default read off the shapes, taking the grid as square
+                and one row of the label table as the dropped label.
+            heads: attention heads, needed where the width is none of the published ones.
+            frames, height, width: new maxima. Positions are resized bicubically, as the official
+                loader does; times are computed anew unless `time_interpolation` stretches them.
+        Raises:
+            ValueError: a tensor is missing, left over or of another shape, all named.
+        """
+        state = dict(source if isinstance(source, Mapping) else _read(Path(source)))
+        if config is None:
+            config = _infer_config(state, heads)
+        elif heads not in (None, config.heads):
+            raise ValueError(f"heads={heads} contradicts config.heads={config.heads}")
+        layout = _official_layout(config)
+        refuse_mismatch({k: v for parts in layout.values() for k, v in parts.items()}, state)
+        with torch.device("meta"):
+            shapes = {name: value.shape for name, value in cls(config).state_dict().items()}
+        own = {
+            name: torch.cat([state[part].flatten() for part in parts]).view(shapes[name])
+            for name, parts in layout.items()
+        }
+        target = replace(
+            config,
+            frames=frames or config.frames,
+            height=height or config.height,
+            width=width or config.width,
+        )
+        rows, columns = target.height // target.patch, target.width // target.patch
+        if own["position"].shape[:2] != (rows, columns):
+            own["position"] = resize_grid(own["position"].float(), rows, columns).contiguous()
+        if target.frames != config.frames:
+            stretched = resize_line(own["time"].float(), target.frames).contiguous()
+            own["time"] = (
+                stretched if time_interpolation else sincos_table(target.frames, config.dim)
+            )
+        with torch.device("meta"):
+            model = cls(target)
+        load_strictly(model, own)
+        return model
+
+    @classmethod
+    def from_image(cls, image: "VDT", *, frames: int = 16) -> "VDT":
+        """A video model on the spatial weights of an image model; the temporal branch is new.
+
+        This is the paper's second training stage: images first, then video.
+        """
+        if image.config.mode != "image":
+            raise ValueError(f'image must have mode="image", got {image.config.mode!r}')
+        video = cls(replace(image.config, mode="video", frames=frames))
+        video.load_state_dict(video.state_dict() | image.state_dict())
+        return video
+
+    def to_official_state_dict(self) -> dict[str, Tensor]:
+        """The weights under the official names and in the official shapes, as copies."""
+        own, official = self.state_dict(), {}
+        for name, parts in _official_layout(self.config).items():
+            pieces = own[name].flatten().split([math.prod(shape) for shape in parts.values()])
+            for (part, shape), piece in zip(parts.items(), pieces, strict=True):
+                official[part] = piece.reshape(shape).clone()
+        return official
+
+
+def _check_condition(frames: Tensor, latents: Tensor) -> None:
+    if (
+        frames.ndim != 5
+        or latents.ndim != 5
+        or (frames.shape[:2] + frames.shape[3:] != latents.shape[:2] + latents.shape[3:])
+    ):
+        raise ValueError(
+            "condition_frames must be like latents on all axes but time, "
+            f"got {tuple(frames.shape)} beside {tuple(latents.shape)}"
+        )
+
+
+VDT_S = VDTConfig(dim=384, depth=12, heads=6)  # S/2, 41.4 M parameters
+VDT_L = VDTConfig(dim=1152, depth=28, heads=16)  # L/2, 859.8 M
+
+_MODULES = {  # ours: official, where only the name differs
+    "timestep.fc1": "t_embedder.mlp.0",
+    "timestep.fc2": "t_embedder.mlp.2",
+    "final": "final_layer.linear",
+}
+_BLOCK_MODULES = {
+    "spatial.qkv": "attn.qkv",
+    "spatial.proj": "attn.proj",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+    "temporal_norm": "temporal_norm1",
+    "temporal.qkv": "temporal_attn.qkv",
+    "temporal.proj": "temporal_attn.proj",
+    "temporal_fc": "temporal_fc",
+}
+
+
+def _official_layout(config: VDTConfig) -> dict[str, dict[str, tuple[int, ...]]]:
+    """For each tensor of ours the official tensors that make it up, with their shapes.
+
+    Ours is their values one after the other: only the modulation has more than one part.
+    """
+    with torch.device("meta"):
+        own = VDT(config).state_dict()
+    D, p = config.dim, config.patch
+    modules = dict(_MODULES)
+    for i in range(config.depth):
+        modules |= {f"blocks.{i}.{k}": f"blocks.{i}.{v}" for k, v in _BLOCK_MODULES.items()}
+    layout: dict[str, dict[str, tuple[int, ...]]] = {
+        "patch.weight": {"x_embedder.proj.weight": (D, config.channels, p, p)},
+        "patch.bias": {"x_embedder.proj.bias": (D,)},
+        "label.weight": {"y_embedder.embedding_table.weight": tuple(own["label.weight"].shape)},
+        "position": {"pos_embed": (1, own["position"].shape[:2].numel(), D)},
+        "time": {"time_embed": (1, config.frames, D)},
+    }
+    adaln = [(f"blocks.{i}", 6 * D) for i in range(config.depth)] + [("final_layer", 2 * D)]
+    for kind, tail in (("weight", (D,)), ("bias", ())):
+        layout[f"modulation.{kind}"] = {
+            f"{part}.adaLN_modulation.1.{kind}": (rows, *tail) for part, rows in adaln
+        }
+        layout |= {
+            f"{name}.{kind}": {f"{official}.{kind}": tuple(own[f"{name}.{kind}"].shape)}
+            for name, official in modules.items()
+            if f"{name}.{kind}" in own
+        }
+    return {name: layout[name] for name in own}
+
+
+def _infer_config(state: Mapping[str, Tensor], heads: int | None) -> VDTConfig:
+    """Read the config off the official shapes, all but the number of heads."""
+    required = (
+        "pos_embed",
+        "x_embedder.proj.weight",
+        "y_embedder.embedding_table.weight",
+        "blocks.0.mlp.fc1.weight",
+        "final_layer.linear.weight",
+    )
+    if missing := [name for name in required if name not in state]:
+        raise ValueError(f"not the weights of a VDT: missing {', '.join(missing)}")
+    D, channels, p, _ = state["x_embedder.proj.weight"].shape
+    if heads is None and D not in _HEADS:
+        raise ValueError(f"heads must be given: width {D} is none of {sorted(_HEADS)}")
+    tokens = state["pos_embed"].shape[1]
+    side = math.isqrt(tokens)
+    if side * side != tokens:
+        raise ValueError(f"config must be given: pos_embed of {tokens} tokens is not square")
+    rows = state["y_embedder.embedding_table.weight"].shape[0]
+    return VDTConfig(
+        channels=channels,
+        height=side * p,
+        width=side * p,
+        frames=state["time_embed"].shape[1] if "time_embed" in state else 1,
+        patch=p,
+        dim=D,
+        depth=len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
+        heads=heads or _HEADS[D],
+        mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / D,
+        num_classes=max(rows - 1, 1),
+        class_dropout=0.1 if rows > 1 else 0.0,
+        learned_variance=state["final_layer.linear.weight"].shape[0] == 2 * channels * p * p,
+        mode="video" if "time_embed" in state else "image",
+    )
+
+
+def _read(path: Path) -> Mapping[str, Tensor]:
+    if path.suffix == ".safetensors":
+        return read_weights(path)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
