@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: `kernels/` is `fastvid.kernels`, and `csrc/` is built if it can be.
+"""What pyproject.toml cannot say: `kernels/` is `fastvid.kernels`; `csrc/` is built if possible.
 
 FASTVID_CSRC=0 leaves the compiled part out. CFLAGS are honoured: `-march=native` for this machine.
 """
@@ -23,9 +23,9 @@ def compiled_part() -> dict:
     import torch
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
-    # One binary for every torch from 2.11 and every Python from 3.10.
-    define = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DPy_LIMITED_API=0x030a0000"]
-    flags = {"cxx": ["-std=c++20", "-O3", "-fopenmp", "-fvisibility=hidden", *define]}
+    # One binary for every torch from 2.11; with py_limited_api, for every Python from 3.10.
+    define = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    flags = {"cxx": ["-std=c++20", "-O3", "-fopenmp-simd", "-fvisibility=hidden", *define]}
     cuda = torch.version.cuda is not None and CUDA_HOME is not None
     if cuda:
         sources += sorted(str(path) for path in Path("csrc").glob("*/*.cu"))
@@ -36,7 +36,6 @@ def compiled_part() -> dict:
         sources,
         depends=sorted(str(path) for path in Path("csrc").glob("*/*.h")),
         extra_compile_args=flags,
-        extra_link_args=["-fopenmp"],
         py_limited_api=True,
     )
     return {
