@@ -1,0 +1,1 @@
+"""Gaussian diffusion in pure functions: schedules, process, losses, samplers, tasks."""

@@ -1,0 +1,202 @@
+"""Tasks as given frames: every one is a function that says which latent cells are `known`.
+
+True = given. A task of whole frames is bool (B, T), one inside frames is (B, T, H, W). Every draw
+leaves something to generate in every sample, comes from `generator` alone, and is made anew for
+each sample; a `batch` of 1 broadcasts.
+
+Source: Lu et al., VDT, arXiv:2305.13311 (the tasks and their numbers); Bao et al., BEiT,
+arXiv:2106.08254, algorithm 1 (blockwise cells).
+"""
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Generator, Tensor
+
+Task = Callable[[int, int, int, int | None, int, Generator | None], Tensor]
+
+
+def predict(
+    frames: int, height: int, width: int, given: int | None, batch: int, generator: Generator | None
+) -> Tensor:
+    """The first frames are given: 8, or half of a clip of 8 or fewer."""
+    known = torch.zeros(batch, frames, dtype=torch.bool)
+    known[:, : _given(given, frames, 8 if frames > 8 else frames // 2)] = True
+    return known
+
+
+def backward(
+    frames: int, height: int, width: int, given: int | None, batch: int, generator: Generator | None
+) -> Tensor:
+    """The last frames are given: as many as `predict` takes."""
+    return predict(frames, height, width, given, batch, generator).flip(1)
+
+
+def interpolate(
+    frames: int, height: int, width: int, given: int | None, batch: int, generator: Generator | None
+) -> Tensor:
+    """Every fourth frame is given from the first; `given` frames are spread from first to last."""
+    known = torch.zeros(batch, frames, dtype=torch.bool)
+    if given is None:
+        _given(None, frames, math.ceil(frames / 4))
+        known[:, ::4] = True
+    else:
+        count = _given(given, frames, 0)
+        known[:, torch.linspace(0, frames - 1, count, dtype=torch.float64).round().long()] = True
+    return known
+
+
+def unconditional(
+    frames: int, height: int, width: int, given: int | None, batch: int, generator: Generator | None
+) -> Tensor:
+    """Nothing is given."""
+    if given:
+        raise ValueError(f"given must be 0 or None for this task, got {given}")
+    return torch.zeros(batch, frames, dtype=torch.bool)
+
+
+def image_to_video(
+    frames: int, height: int, width: int, given: int | None, batch: int, generator: Generator | None
+) -> Tensor:
+    """One frame is given, any of them; for the first one ask `predict` with `given=1`."""
+    count = _given(given, frames, 1)
+    order = torch.rand(batch, frames, generator=generator).argsort(1)
+    return torch.zeros(batch, frames, dtype=torch.bool).scatter_(1, order[:, :count], True)
+
+
+def arbitrary_interpolation(
+    frames: int, height: int, width: int, given: int | None, batch: int, generator: Generator | None
+) -> Tensor:
+    """Each frame is given with probability 0.2; or `given` of them, any."""
+    if given is not None:
+        return image_to_video(frames, height, width, given, batch, generator)
+    known = torch.rand(batch, frames, generator=generator) < 0.2
+    while (full := known.all(1)).any():
+        known[full] = torch.rand(int(full.sum()), frames, generator=generator) < 0.2
+    return known
+
+
+def complete(
+    frames: int, height: int, width: int, given: int | None, batch: int, generator: Generator | None
+) -> Tensor:
+    """Half of every frame is given, in blocks; up to 3 whole frames at each end."""
+    if given is not None:
+        raise ValueError(f"given must be None for this task, got {given}")
+    known = torch.ones(batch, frames, height, width, dtype=torch.bool)
+    ends = torch.randint(0, min(3, (frames - 1) // 2) + 1, (batch, 2), generator=generator)
+    for sample, (first, last) in zip(known, ends.tolist(), strict=True):
+        sample[first : frames - last] = ~block_cells(height, width, generator=generator)
+    return known
+
+
+TASKS: dict[str, Task] = {
+    "predict": predict,
+    "backward": backward,
+    "interpolate": interpolate,
+    "unconditional": unconditional,
+    "image-to-video": image_to_video,
+    "arbitrary-interpolation": arbitrary_interpolation,
+    "complete": complete,
+}
+
+OFFICIAL_IDS = tuple(TASKS)  # the place of a name is its number in the official code
+
+# The official training draw: completion one time in five, else one of the six others alike.
+OFFICIAL_MIX = {name: 0.2 if name == "complete" else 0.8 / 6 for name in TASKS}
+
+
+def task_known(
+    name: str,
+    frames: int,
+    height: int,
+    width: int,
+    *,
+    given: int | None = None,
+    batch: int = 1,
+    generator: Generator | None = None,
+) -> Tensor:
+    """The known cells of a task, by its name in `TASKS`.
+
+    Args:
+        frames, height, width: of the clip, in latent cells.
+        given: number of given frames, or None for the task's own.
+        batch: samples, drawn apart.
+        generator: on the CPU; None takes PyTorch's global one.
+    Returns:
+        bool on the CPU, (batch, frames) or, for "complete", (batch, frames, height, width).
+    Raises:
+        ValueError: no such task; or nothing, or less than nothing, would be left to generate.
+    """
+    if name not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {name!r}")
+    sizes = {"frames": frames, "height": height, "width": width, "batch": batch}
+    for label, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{label} must be at least 1, got {size}")
+    return TASKS[name](frames, height, width, given, batch, generator)
+
+
+def draw_task(
+    weights: Mapping[str, float],
+    frames: int,
+    height: int,
+    width: int,
+    *,
+    given: Mapping[str, int] | None = None,
+    batch: int = 1,
+    generator: Generator | None = None,
+) -> tuple[str, Tensor]:
+    """One task for a batch, drawn by weight, and its known cells.
+
+    Args:
+        weights: task name -> weight, not negative, of any sum above 0.
+        given: task name -> number of given frames, where it is not the task's own.
+        frames, height, width, batch, generator: as in `task_known`.
+    Returns:
+        name, known.
+    """
+    unknown = set(weights) - set(TASKS) or set(given or {}) - set(TASKS)
+    if unknown:
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {sorted(unknown)}")
+    odds = torch.tensor(list(weights.values()), dtype=torch.float64)
+    if not odds.isfinite().all() or (odds < 0).any() or odds.sum() <= 0:
+        raise ValueError(f"weights must not be negative and not all 0, got {dict(weights)}")
+    name = list(weights)[int(torch.multinomial(odds, 1, generator=generator))]
+    count = (given or {}).get(name)
+    known = task_known(name, frames, height, width, given=count, batch=batch, generator=generator)
+    return name, known
+
+
+def block_cells(
+    height: int, width: int, *, share: float = 0.5, generator: Generator | None = None
+) -> Tensor:
+    """Random rectangles over a `share` of a grid, at least one cell: bool (height, width).
+
+    A rectangle has at least 4 cells (fewer on a tiny grid) and an aspect between 0.3 and 1 / 0.3.
+    When fewer than 4 cells are wanting, or some are too many, single ones make the share exact.
+    """
+    cells = torch.zeros(height, width, dtype=torch.bool)
+    target = max(1, int(share * height * width))
+    while (wanting := target - int(cells.sum())) >= 4:
+        area, aspect, top, left = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
+        size = 4 + area * (wanting - 4)
+        ratio = 0.3 ** (1 - 2 * aspect)
+        tall = min(height, max(1, round(math.sqrt(size * ratio))))
+        wide = min(width, max(1, round(math.sqrt(size / ratio))))
+        top = int(top * (height - tall + 1))
+        left = int(left * (width - wide + 1))
+        cells[top : top + tall, left : left + wide] = True
+    flat = cells.flatten()
+    pool = (flat if wanting < 0 else ~flat).nonzero().flatten()
+    flat[pool[torch.randperm(len(pool), generator=generator)[: abs(wanting)]]] = wanting > 0
+    return flat.reshape(height, width)
+
+
+def _given(given: int | None, frames: int, default: int) -> int:
+    count = default if given is None else given
+    if not 0 < count < frames:
+        raise ValueError(
+            f"given must be at least 1 and leave one of {frames} frames to generate, got {count}"
+        )
+    return count
