@@ -1,0 +1,68 @@
+import pytest
+
+from fastvid import cli
+from fastvid.cli import doctor
+from fastvid.kernels._shared import native
+
+
+@pytest.fixture
+def library(tmp_path, monkeypatch):
+    """Where the compiled part is looked for; nothing there yet, nothing remembered."""
+    path = tmp_path / "_csrc.abi3.so"
+    monkeypatch.setattr(native, "LIBRARY", path)
+    native.failure.cache_clear()
+    yield path
+    native.failure.cache_clear()
+
+
+def test_report_names_versions_machine_and_ops(capsys):
+    assert cli.main(["doctor"]) == 0
+    report = capsys.readouterr().out
+    for line in ("torch ", "triton ", "free disk ", "nvcc ", "csrc ", "norm_modulate "):
+        assert f"  {line}" in report
+
+
+def test_absent_library_comes_with_the_command_that_builds_it(library, capsys):
+    assert not native.loaded()
+    assert cli.main(["doctor"]) == 0
+    assert "not built: pip install --no-build-isolation -e ." in capsys.readouterr().out
+
+
+def test_broken_library_is_warned_of_once_and_named(library, caplog, capsys):
+    library.write_bytes(b"not a library")
+    assert not native.loaded()
+    assert not native.loaded()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert str(library) in caplog.text
+    assert cli.main(["doctor"]) == 1
+    assert f"BROKEN: {library} does not load" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "triton_version", "remedy"),
+    [
+        ("2.13.0+cpu", "3.7.1", None),
+        ("2.11.0", "3.6.0", None),
+        ("2.14.1", "3.8.2", None),
+        ("2.13.0", None, None),
+        ("9.0.0", "3.7.1", None),
+        ("2.13.0", "3.9.0", "pip install 'triton==3.7.1'"),
+        ("2.12.1", "3.7.1", "pip install 'triton==3.7.0'"),
+        ("2.14.0", "3.7.1", "pip install 'triton==3.8.*'"),
+    ],
+)
+def test_triton_must_be_the_one_of_torch(torch_version, triton_version, remedy):
+    fault = doctor.triton_fault(torch_version, triton_version)
+    assert fault is None if remedy is None else fault.endswith(remedy)
+
+
+def test_wrong_triton_is_a_fault_of_the_machine(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "triton_fault", lambda torch, triton: "wrong triton")
+    assert cli.main(["doctor"]) == 1
+    assert "BROKEN: wrong triton" in capsys.readouterr().out
+
+
+def test_missing_extra_is_no_fault(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    assert cli.main(["doctor"]) == 0
+    assert "without jsonargparse" in capsys.readouterr().out

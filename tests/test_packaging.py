@@ -1,0 +1,165 @@
+"""What is shipped, and what comes with `import fastvid`."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md")
+HEAVY = ["triton", "diffusers", "transformers", "av", "scipy", "matplotlib", "jsonargparse", "PIL"]
+
+
+def python(code, *args, cwd, **variables):
+    """Standard output of `code` in a fresh process that knows nothing of the checkout."""
+    kept = {k: v for k, v in os.environ.items() if k not in {"PYTHONPATH", "TRITON_INTERPRET"}}
+    run = subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)],
+        cwd=cwd,
+        env=kept | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def build(kind, source, out):
+    """Build `wheel` or `sdist` of the tree in `source` without a network; returns the file."""
+    out.mkdir()
+    code = "import sys; from setuptools import build_meta; build_meta.build_{}(sys.argv[1])"
+    python(code.format(kind), out, cwd=source, FASTVID_CSRC="0")
+    return next(out.iterdir())
+
+
+@pytest.fixture(scope="session")
+def shipped(tmp_path_factory):
+    """A wheel from a copy of the tree, an sdist of it, and the wheel built from that sdist."""
+    folder = tmp_path_factory.mktemp("shipped")
+    tree = folder / "tree"
+    junk = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
+    for name in ("fastvid", "kernels", "csrc"):
+        shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=junk)
+    for name in SHIPPED:
+        shutil.copy(ROOT / name, tree)
+    (tree / "tests").mkdir()
+    (tree / "tests/__init__.py").touch()
+    sdist = build("sdist", tree, folder / "sdist")
+    wheel = build("wheel", tree, folder / "wheel")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder / "unpacked", filter="data")
+    rebuilt = build("wheel", next((folder / "unpacked").iterdir()), folder / "rebuilt")
+    return {"wheel": wheel, "sdist": sdist, "rebuilt": rebuilt}
+
+
+@pytest.fixture(scope="session")
+def site(shipped, tmp_path_factory):
+    """A folder with the wheel unpacked, as an installer would do it."""
+    folder = tmp_path_factory.mktemp("site")
+    with zipfile.ZipFile(shipped["wheel"]) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def names(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+def test_wheel_holds_every_source_and_nothing_else(shipped):
+    skipped = {"__pycache__"}
+    for folder in ("fastvid", "kernels"):
+        files = [p for p in (ROOT / folder).rglob("*.py") if not skipped & set(p.parts)]
+        prefix = "fastvid/" if folder == "kernels" else ""
+        wanted = {prefix + path.relative_to(ROOT).as_posix() for path in files}
+        assert wanted <= names(shipped["wheel"])
+    others = {name for name in names(shipped["wheel"]) if not name.startswith("fastvid")}
+    assert others == set()
+
+
+def test_rooms_travel_with_their_readme(shipped):
+    readmes = {f"fastvid/{p.relative_to(ROOT).as_posix()}" for p in ROOT.glob("kernels/*/*.md")}
+    assert readmes <= names(shipped["wheel"])
+
+
+def test_wheel_is_small_and_pure(shipped):
+    assert shipped["wheel"].stat().st_size < 1_000_000
+    assert shipped["wheel"].name.endswith("py3-none-any.whl")
+
+
+def test_wheel_built_from_sdist_is_the_same(shipped):
+    assert names(shipped["rebuilt"]) == names(shipped["wheel"])
+
+
+def test_sdist_holds_the_compiled_sources(shipped):
+    with tarfile.open(shipped["sdist"]) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    assert {p.relative_to(ROOT).as_posix() for p in ROOT.glob("csrc/*/*")} <= held
+
+
+def test_version_has_one_source(shipped):
+    import fastvid
+
+    assert f"-{fastvid.__version__}-" in shipped["wheel"].name
+
+
+INSTALLED = """
+import importlib.util, json, sys
+site = sys.argv[1]
+sys.path.insert(0, site)
+found = importlib.util.find_spec("kernels")
+class NoTriton:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError("blocked", name=name)
+sys.meta_path.insert(0, NoTriton())
+import torch
+from fastvid.kernels.modulate import op
+y = op.norm_modulate(torch.randn(2, 4, 8), torch.zeros(2, 8), torch.zeros(2, 8))
+print(json.dumps({"kernels": found is not None, "file": op.__file__, "shape": list(y.shape)}))
+"""
+
+
+def test_installed_wheel_works_without_triton_and_claims_no_other_name(site, tmp_path):
+    seen = json.loads(python(INSTALLED, site, cwd=tmp_path))
+    assert seen["kernels"] is False
+    assert seen["file"].startswith(str(site))
+    assert seen["shape"] == [2, 4, 8]
+
+
+IMPORT = """
+import json, sys, time
+sys.path.insert(0, sys.argv[1])
+import torch
+start = time.perf_counter()
+import fastvid, fastvid.functional
+spent = time.perf_counter() - start
+heavy = [name for name in sys.argv[2:] if name in sys.modules]
+print(json.dumps({"heavy": heavy, "seconds": spent}))
+"""
+
+
+def test_import_is_light(site, tmp_path, record_property):
+    seen = json.loads(python(IMPORT, site, *HEAVY, cwd=tmp_path))
+    record_property("seconds_beyond_torch", seen["seconds"])
+    assert seen["heavy"] == []
+
+
+HELP = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from fastvid.cli import main
+status = main(["--help"])
+print("heavy:", [name for name in sys.argv[2:] if name in sys.modules], status)
+"""
+
+
+def test_help_is_light(site, tmp_path):
+    assert "heavy: [] 0" in python(HELP, site, *HEAVY, cwd=tmp_path)
