@@ -1,0 +1,320 @@
+"""Samplers: from noise to data by ancestral or DDIM steps, and from data back to noise.
+
+A sampler calls `model(latents, timestep, known=known, **condition)` once per step of the schedule,
+with one shared timestep, int64 (1,). Its state is kept in fp32 (fp64 for fp64 noise) in two buffers
+that take turns; the model sees the dtype of `noise`. No step waits for a device.
+
+Given cells stand clean in every model input and come out bit for bit as they went in.
+
+Sources: Ho et al., arXiv:2006.11239 (ancestral); Song et al., arXiv:2010.02502 (DDIM and its
+inversion); Ho & Salimans, arXiv:2207.12598 (guidance).
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Generator, Tensor
+
+from .process import (
+    FixedVariance,
+    Prediction,
+    check_fixed_variance,
+    check_prediction,
+    known_cells,
+    mix_known,
+    predict_x0,
+    split_variance,
+)
+from .schedule import Schedule
+from .steps import check_eta, ddim_inverse_step, ddim_step, ddpm_step
+
+Condition = Mapping[str, Any]
+Progress = Callable[[int, int], None]  # (steps done, steps in all)
+
+
+class Model(Protocol):
+    """What a sampler calls: noisy latents (B, C, T, H, W) in, (B, C or 2C, T, H, W) out."""
+
+    def __call__(
+        self, latents: Tensor, timestep: Tensor, *, known: Tensor | None, **condition: Any
+    ) -> Tensor: ...
+
+
+@torch.no_grad()
+def sample_ddpm(
+    model: Model,
+    noise: Tensor,
+    schedule: Schedule,
+    *,
+    known: Tensor | None = None,
+    clean: Tensor | None = None,
+    prediction: Prediction = "eps",
+    fixed_variance: FixedVariance = "small",
+    clip: float | None = None,
+    generator: Generator | Sequence[Generator] | None = None,
+    condition: Condition | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Ancestral sampling: every step draws from p(x_{t-1} | x_t).
+
+    Args:
+        model: returns C channels, or 2C with a learned variance.
+        noise: (B, C, T, H, W) standard normal, see `draw_noise`.
+        schedule: one model call per step; shorten it with `respace`.
+        known: bool (B or 1, T) or (B or 1, T, H, W), True = given; needs `clean`.
+        clean: (B, C, T, H, W) the given latents; only known cells are looked at.
+        prediction: what the model predicts: `"eps"`, `"v"` or `"x0"`.
+        fixed_variance: without a learned one, `"small"` (posterior) or `"large"` (beta).
+        clip: bound of |x0| in every step, or None.
+        generator: of the noise of the steps; one for the batch, or one per sample, with which a
+            sample does not depend on its company.
+        condition: further keywords of the model.
+        progress: called with (steps done, steps in all) after each step.
+    Returns:
+        (B, C, T, H, W), dtype and device of `noise`, known cells equal to `clean`.
+    Raises:
+        ValueError, TypeError: an argument is not as above, or noise prediction at zero terminal
+            SNR.
+    """
+    check_fixed_variance(fixed_variance)
+    x, spare = _begin(noise, schedule, known, clean, prediction)
+    for index in _downward(schedule, progress):
+        output = _call(model, x, index, schedule, noise, known, clean, condition)
+        step_noise = _step_noise(x, generator) if index else None
+        ddpm_step(
+            output,
+            x,
+            index,
+            schedule,
+            noise=step_noise,
+            prediction=prediction,
+            fixed_variance=fixed_variance,
+            clip=clip,
+            out=spare,
+        )
+        x, spare = spare, x
+    return _finish(x, noise, known, clean)
+
+
+@torch.no_grad()
+def sample_ddim(
+    model: Model,
+    noise: Tensor,
+    schedule: Schedule,
+    *,
+    known: Tensor | None = None,
+    clean: Tensor | None = None,
+    prediction: Prediction = "eps",
+    eta: float = 0.0,
+    clip: float | None = None,
+    generator: Generator | Sequence[Generator] | None = None,
+    condition: Condition | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
+    """DDIM sampling: deterministic for `eta` 0, as noisy as ancestral for `eta` 1.
+
+    The other arguments, the result and the errors are those of `sample_ddpm`. A learned variance
+    is not used.
+    """
+    check_eta(eta)
+    x, spare = _begin(noise, schedule, known, clean, prediction)
+    for index in _downward(schedule, progress):
+        output = _call(model, x, index, schedule, noise, known, clean, condition)
+        step_noise = _step_noise(x, generator) if index and eta else None
+        ddim_step(
+            output,
+            x,
+            index,
+            schedule,
+            noise=step_noise,
+            prediction=prediction,
+            eta=eta,
+            clip=clip,
+            out=spare,
+        )
+        x, spare = spare, x
+    return _finish(x, noise, known, clean)
+
+
+@torch.no_grad()
+def invert_ddim(
+    model: Model,
+    latents: Tensor,
+    schedule: Schedule,
+    *,
+    known: Tensor | None = None,
+    prediction: Prediction = "eps",
+    clip: float | None = None,
+    condition: Condition | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
+    """The noise from which `sample_ddim` with `eta` 0 leads to `latents`, to first order.
+
+    The reverse DDIM steps of Song et al., one model call per step of the schedule; the more steps,
+    the closer. Known cells are seen clean by the model and come back as noise like the others.
+
+    Args:
+        latents: (B, C, T, H, W) clean data.
+        known: bool, as in `sample_ddpm`; the given cells are those of `latents`.
+    Returns:
+        (B, C, T, H, W) state at the noisiest step, dtype and device of `latents`.
+    Raises:
+        ValueError, TypeError: as `sample_ddpm`.
+    """
+    x, spare = _begin(latents, schedule, known, latents, prediction)
+    total = len(schedule)
+    for index in range(-1, total - 1):  # -1 is clean data; the model has no number for it
+        at = max(index, 0)
+        output = _call(model, x, at, schedule, latents, known, latents, condition)
+        ddim_inverse_step(output, x, index, schedule, prediction=prediction, clip=clip, out=spare)
+        x, spare = spare, x
+        if progress:
+            progress(index + 2, total)
+    return x.to(latents.dtype)
+
+
+@torch.no_grad()
+def one_step_x0(
+    model: Model,
+    noise: Tensor,
+    schedule: Schedule,
+    *,
+    known: Tensor | None = None,
+    clean: Tensor | None = None,
+    prediction: Prediction = "eps",
+    condition: Condition | None = None,
+) -> Tensor:
+    """Estimate the mean of the data given the known cells, by one call at the noisiest step.
+
+    Best with `"x0"` or `"v"`: a noise prediction's error is multiplied by sigma / alpha (about 160
+    at the end of the 1000-step linear chain). Arguments, result and errors: as `sample_ddpm`.
+    """
+    x, _ = _begin(noise, schedule, known, clean, prediction)
+    last = len(schedule) - 1
+    output = _call(model, x, last, schedule, noise, known, clean, condition)
+    predicted, _ = split_variance(output, noise.shape[1])
+    return _finish(predict_x0(predicted, x, last, schedule, prediction), noise, known, clean)
+
+
+def guided(model: Model, scale: float, unconditional: Condition) -> Model:
+    """Classifier-free guidance as a model: `u + scale * (c - u)`, by two calls.
+
+    Args:
+        scale: 1 is the conditional model alone, in one call; 0 the unconditional one, in one call.
+        unconditional: keywords that differ in the unconditional call, such as `{"text": empty}`.
+    Returns:
+        a callable with the model's signature. A learned variance is the conditional one's.
+    """
+
+    def model_guided(
+        latents: Tensor, timestep: Tensor, *, known: Tensor | None = None, **condition: Any
+    ) -> Tensor:
+        without = {"known": known, **condition, **unconditional}
+        if scale == 0:
+            return model(latents, timestep, **without)
+        output = model(latents, timestep, known=known, **condition)
+        if scale == 1:
+            return output
+        channels = latents.shape[1]
+        predicted, fraction = split_variance(output, channels)
+        base, _ = split_variance(model(latents, timestep, **without), channels)
+        predicted = base.lerp(predicted, scale)
+        return predicted if fraction is None else torch.cat([predicted, fraction], dim=1)
+
+    return model_guided
+
+
+def draw_noise(
+    shape: Sequence[int],
+    generator: Generator | Sequence[Generator] | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Standard normal noise (B, ...), drawn in fp32 where the generator lives, then moved.
+
+    Args:
+        generator: one for the batch; or one for each of its B samples, with which a sample's noise
+            is the same in any batch; None is PyTorch's global one on `device`.
+    Raises:
+        ValueError: the number of generators is not B.
+    """
+    device = torch.device(device)
+    if generator is None:
+        return torch.randn(shape, device=device).to(dtype)
+    if isinstance(generator, Generator):
+        # From pinned memory a copy to the GPU does not wait for the work queued there.
+        pin = device.type == "cuda" and generator.device.type == "cpu"
+        noise = torch.randn(shape, generator=generator, device=generator.device, pin_memory=pin)
+        return noise.to(device, non_blocking=True).to(dtype)
+    if len(generator) != shape[0]:
+        raise ValueError(f"generator must be one or {shape[0]} of them, got {len(generator)}")
+    return torch.stack(
+        [draw_noise(shape[1:], each, device=device, dtype=dtype) for each in generator]
+    )
+
+
+def seeded(seeds: Sequence[int], device: torch.device | str = "cpu") -> list[Generator]:
+    """One generator per sample; on the CPU the same seed gives the same noise on any machine."""
+    return [Generator(device).manual_seed(seed) for seed in seeds]
+
+
+def _begin(
+    noise: Tensor,
+    schedule: Schedule,
+    known: Tensor | None,
+    clean: Tensor | None,
+    prediction: Prediction,
+) -> tuple[Tensor, Tensor]:
+    """Check what all samplers take; the state, a copy of `noise`, and a buffer like it."""
+    if noise.ndim != 5 or not noise.is_floating_point():
+        raise ValueError(
+            f"noise must be float (B, C, T, H, W), got {noise.dtype} of shape {tuple(noise.shape)}"
+        )
+    check_prediction(prediction, schedule, len(schedule) - 1)
+    if known is not None:
+        known_cells(known, noise)
+        if clean is None:
+            raise ValueError("clean must be given with known, got None")
+        if clean.shape != noise.shape or clean.dtype != noise.dtype:
+            raise ValueError(
+                f"clean must be {noise.dtype} of shape {tuple(noise.shape)} like noise, got "
+                f"{clean.dtype} of shape {tuple(clean.shape)}"
+            )
+    x = noise.to(torch.promote_types(noise.dtype, torch.float32), copy=True)
+    return x, torch.empty_like(x)
+
+
+def _downward(schedule: Schedule, progress: Progress | None) -> Iterator[int]:
+    total = len(schedule)
+    for index in reversed(range(total)):
+        yield index
+        if progress:
+            progress(total - index, total)
+
+
+def _call(
+    model: Model,
+    x: Tensor,
+    index: int,
+    schedule: Schedule,
+    noise: Tensor,
+    known: Tensor | None,
+    clean: Tensor | None,
+    condition: Condition | None,
+) -> Tensor:
+    latents = x if clean is None else mix_known(x, clean, known)
+    # A fresh tensor filled on the device: neither a copy from the host nor a view whose address
+    # would make a compiled model start over.
+    timestep = torch.full((1,), int(schedule.timestep_map[index]), device=x.device)
+    return model(latents.to(noise.dtype), timestep, known=known, **(condition or {}))
+
+
+def _step_noise(x: Tensor, generator: Generator | Sequence[Generator] | None) -> Tensor:
+    return draw_noise(x.shape, generator, device=x.device, dtype=x.dtype)
+
+
+def _finish(x: Tensor, noise: Tensor, known: Tensor | None, clean: Tensor | None) -> Tensor:
+    x = x.to(noise.dtype)
+    return x if clean is None else mix_known(x, clean, known)

@@ -1,0 +1,153 @@
+"""One step of a sampler: ancestral, DDIM, and DDIM backwards.
+
+Without clipping, every deterministic step is linear in the state and the model's prediction, so it
+is two passes over memory whatever the prediction is. Coefficients are Python numbers made in fp64.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .process import FixedVariance, Prediction, check_prediction, split_variance
+from .schedule import Schedule
+
+
+def ddpm_step(
+    output: Tensor,
+    x: Tensor,
+    index: int,
+    schedule: Schedule,
+    *,
+    noise: Tensor | None,
+    prediction: Prediction = "eps",
+    fixed_variance: FixedVariance = "small",
+    clip: float | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """One ancestral step from `index` to the level below.
+
+    Args:
+        output: (B, C or 2C, ...) of the model.
+        x: (B, C, ...) state at `index`.
+        noise: (B, C, ...) standard normal; not used at index 0, None: the mean alone.
+        out: buffer for the result, not `x`.
+    Returns:
+        (B, C, ...), `out` where given.
+    """
+    predicted, fraction = split_variance(output, x.shape[1])
+    of_x0 = schedule.at("posterior_mean_coef1", index)
+    of_x = schedule.at("posterior_mean_coef2", index)
+    mean = _from_x0(predicted, x, of_x0, of_x, index, schedule, prediction, clip, out)
+    if noise is None or index == 0:
+        return mean
+    low = schedule.at("posterior_log_variance_clipped", index)
+    if fraction is None:
+        log_variance = (
+            schedule.at("large_log_variance", index) if fixed_variance == "large" else low
+        )
+        return mean.add_(noise, alpha=math.exp(log_variance / 2))
+    # sigma = exp(half the log-variance), which runs from low to high over fraction in [-1, 1]
+    reach = schedule.at("log_betas", index) - low
+    sigma = (fraction.to(x.dtype) * (reach / 4)).add_(low / 2 + reach / 4).exp_()
+    return mean.addcmul_(sigma, noise)
+
+
+def ddim_step(
+    output: Tensor,
+    x: Tensor,
+    index: int,
+    schedule: Schedule,
+    *,
+    noise: Tensor | None = None,
+    prediction: Prediction = "eps",
+    eta: float = 0.0,
+    clip: float | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """One DDIM step from `index` to the level below. Arguments as `ddpm_step`.
+
+    With `clip`, the noise direction follows the clipped x0.
+    """
+    check_eta(eta)
+    predicted, _ = split_variance(output, x.shape[1])
+    left = schedule.at("alphas_cumprod", index)
+    left_next = schedule.at("alphas_cumprod_prev", index)
+    spread = eta * ((1 - left_next) / (1 - left) * (1 - left / left_next)) ** 0.5
+    to_noise = max(1 - left_next - spread**2, 0.0) ** 0.5
+    of_x0, of_x = _along(left, left_next**0.5, to_noise)
+    stepped = _from_x0(predicted, x, of_x0, of_x, index, schedule, prediction, clip, out)
+    if not spread:
+        return stepped
+    if noise is None:
+        raise ValueError(f"noise must be given for eta = {eta}, got None")
+    return stepped.add_(noise, alpha=spread)
+
+
+def ddim_inverse_step(
+    output: Tensor,
+    x: Tensor,
+    index: int,
+    schedule: Schedule,
+    *,
+    prediction: Prediction = "eps",
+    clip: float | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """One reverse DDIM step from `index` to the noisier `index + 1`.
+
+    Args:
+        index: from -1 (clean data, `output` being the model's at index 0) to S - 2.
+        The others are those of `ddpm_step`.
+    """
+    if not -1 <= index < len(schedule) - 1:
+        raise ValueError(f"index must be in [-1, {len(schedule) - 1}), got {index}")
+    predicted, _ = split_variance(output, x.shape[1])
+    at = max(index, 0)
+    left, left_next = (schedule.at("alphas_cumprod", i) for i in (at, index + 1))
+    if index < 0:
+        # x is the data; its noise is read as if x stood at index 0: alpha x + sigma eps, where
+        # eps = (x - alpha x0) / sigma.
+        of_x0, of_x = -(left**0.5), left**0.5 + 1
+    else:
+        of_x0, of_x = _along(left, left_next**0.5, (1 - left_next) ** 0.5)
+    return _from_x0(predicted, x, of_x0, of_x, at, schedule, prediction, clip, out)
+
+
+def _along(left: float, to_x0: float, to_noise: float) -> tuple[float, float]:
+    """Factors of (x0, x) in `to_x0 * x0 + to_noise * eps`, eps being the noise of x at `left`."""
+    share = to_noise / (1 - left) ** 0.5
+    return to_x0 - share * left**0.5, share
+
+
+def _from_x0(
+    predicted: Tensor,
+    x: Tensor,
+    of_x0: float,
+    of_x: float,
+    index: int,
+    schedule: Schedule,
+    prediction: Prediction,
+    clip: float | None,
+    out: Tensor | None,
+) -> Tensor:
+    """`of_x0 * x0 + of_x * x` for the x0 of the prediction, in two passes unless x0 is clipped."""
+    check_prediction(prediction, schedule, index)
+    alpha = schedule.at("sqrt_alphas_cumprod", index)
+    sigma = schedule.at("sqrt_one_minus_alphas_cumprod", index)
+    # x0 = a * x + b * predicted
+    if prediction == "eps":
+        a, b = 1 / alpha, -sigma / alpha
+    elif prediction == "v":
+        a, b = alpha, -sigma
+    else:
+        a, b = 0.0, 1.0
+    if clip is None:
+        return torch.mul(x, of_x + of_x0 * a, out=out).add_(predicted, alpha=of_x0 * b)
+    x0 = (x * a).add_(predicted, alpha=b).clamp_(-clip, clip)
+    return torch.mul(x, of_x, out=out).add_(x0, alpha=of_x0)
+
+
+def check_eta(eta: float) -> None:
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must be in [0, 1], got {eta}")
