@@ -1,0 +1,234 @@
+"""The Triton kernels of `norm_modulate` and their launchers.
+
+Rows are counted inside a modulation group: group `g` of sample `b` owns the tokens
+`g * rows ... (g + 1) * rows`. A program never leaves its group, so shift and scale are read once
+and their gradients are summed in registers; the few partial rows per group are added up by
+`_sum_partials`. No atomics, so two runs give the same bits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._shared.variants import Variant
+
+# (BLOCK_N, warps) by BLOCK_D: 32 numbers of x per thread forward, 16 of x and of dy backward.
+# One table serves all architectures until a measurement splits it.
+FORWARD = {512: (8, 4), 1024: (4, 4), 2048: (4, 8), 4096: (2, 8), 8192: (1, 8)}
+BACKWARD = {512: (4, 4), 1024: (2, 4), 2048: (2, 8), 4096: (1, 8), 8192: (1, 16)}
+# One modulation per token leaves one row to a program.
+PER_TOKEN = {512: (1, 1), 1024: (1, 2), 2048: (1, 4), 4096: (1, 8), 8192: (1, 16)}
+# Backward: enough programs to fill a large GPU, but no chunk so short that its partial sums
+# (two fp32 rows) weigh against the rows it reads.
+PROGRAMS, SHORTEST_CHUNK = 1024, 8
+
+
+@triton.jit(do_not_specialize=["groups", "rows"])
+def _forward(
+    x_ptr, shift_ptr, scale_ptr, y_ptr, mean_ptr, rstd_ptr,
+    groups, rows, x_b, x_n, shift_b, shift_g, scale_b, scale_g, eps,
+    D: tl.constexpr, RMS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(rows, BLOCK_N)
+    program = tl.program_id(0).to(tl.int64)
+    b, g = program // blocks // groups, program // blocks % groups
+    row = program % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = g * rows + row  # [BLOCK_N]
+    d = tl.arange(0, BLOCK_D)
+    live_n, live_d = row < rows, d < D
+    live = live_n[:, None] & live_d[None, :]
+
+    shift = tl.load(shift_ptr + b * shift_b + g * shift_g + d, mask=live_d, other=0.0)
+    scale = tl.load(scale_ptr + b * scale_b + g * scale_g + d, mask=live_d, other=0.0)
+    x = tl.load(x_ptr + b * x_b + n[:, None] * x_n + d[None, :], mask=live, other=0.0)
+    centred = x.to(tl.float32)  # [BLOCK_N, BLOCK_D]
+    at = b * groups * rows + n
+    if not RMS:
+        mean = tl.sum(centred, axis=1) / D
+        tl.store(mean_ptr + at, mean, mask=live_n)
+        centred = tl.where(live_d[None, :], centred - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / D + eps)
+    tl.store(rstd_ptr + at, rstd, mask=live_n)
+    y = centred * rstd[:, None] * (1 + scale.to(tl.float32)) + shift.to(tl.float32)
+    tl.store(y_ptr + at[:, None] * D + d[None, :], y.to(y_ptr.dtype.element_ty), mask=live)
+
+
+@triton.jit(do_not_specialize=["groups", "rows", "chunk"])
+def _backward(
+    dy_ptr, x_ptr, scale_ptr, mean_ptr, rstd_ptr, dx_ptr, dshift_ptr, dscale_ptr,
+    groups, rows, chunk, dy_b, dy_n, x_b, x_n, scale_b, scale_g,
+    D: tl.constexpr, RMS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    chunks = tl.cdiv(rows, chunk)
+    program = tl.program_id(0).to(tl.int64)
+    b, g = program // chunks // groups, program // chunks % groups
+    first = program % chunks * chunk
+    last = tl.minimum(first + chunk, rows)
+    d = tl.arange(0, BLOCK_D)
+    live_d = d < D
+
+    scale = tl.load(scale_ptr + b * scale_b + g * scale_g + d, mask=live_d, other=0.0)
+    gain = 1 + scale.to(tl.float32)
+    dshift = tl.zeros([BLOCK_D], tl.float32)
+    dscale = tl.zeros([BLOCK_D], tl.float32)
+    for start in range(first, last, BLOCK_N):
+        row = start + tl.arange(0, BLOCK_N)
+        n = g * rows + row  # [BLOCK_N]
+        at = b * groups * rows + n
+        live_n = row < last
+        live = live_n[:, None] & live_d[None, :]
+        dy = tl.load(dy_ptr + b * dy_b + n[:, None] * dy_n + d[None, :], mask=live, other=0.0)
+        x = tl.load(x_ptr + b * x_b + n[:, None] * x_n + d[None, :], mask=live, other=0.0)
+        rstd = tl.load(rstd_ptr + at, mask=live_n, other=0.0)
+        dy, normed = dy.to(tl.float32), x.to(tl.float32)  # [BLOCK_N, BLOCK_D]
+        if not RMS:
+            normed -= tl.load(mean_ptr + at, mask=live_n, other=0.0)[:, None]
+        normed *= rstd[:, None]
+        dshift += tl.sum(dy, axis=0)
+        dscale += tl.sum(dy * normed, axis=0)
+
+        dnormed = dy * gain  # 0 past D, so the sums below need no mask
+        dx = dnormed - normed * (tl.sum(dnormed * normed, axis=1) / D)[:, None]
+        if not RMS:
+            dx -= (tl.sum(dnormed, axis=1) / D)[:, None]
+        dx *= rstd[:, None]
+        tl.store(dx_ptr + at[:, None] * D + d[None, :], dx.to(dx_ptr.dtype.element_ty), mask=live)
+    partial = program * D + d
+    tl.store(dshift_ptr + partial, dshift.to(dshift_ptr.dtype.element_ty), mask=live_d)
+    tl.store(dscale_ptr + partial, dscale.to(dscale_ptr.dtype.element_ty), mask=live_d)
+
+
+@triton.jit(do_not_specialize=["terms", "chunks", "groups"])
+def _sum_partials(
+    shift_parts_ptr, scale_parts_ptr, dshift_ptr, dscale_ptr, terms, chunks, groups,
+    D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Add `terms` rows per group: its chunks, and those of every sample that shares it."""
+    group = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    live_d = d < D
+    dshift = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    dscale = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    for start in range(0, terms, BLOCK_R):
+        term = start + tl.arange(0, BLOCK_R)
+        row = (term // chunks * groups + group) * chunks + term % chunks
+        at = row[:, None] * D + d[None, :]  # [BLOCK_R, BLOCK_D]
+        live = (term < terms)[:, None] & live_d[None, :]
+        dshift += tl.load(shift_parts_ptr + at, mask=live, other=0.0)
+        dscale += tl.load(scale_parts_ptr + at, mask=live, other=0.0)
+    at = group * D + d
+    dshift, dscale = tl.sum(dshift, axis=0), tl.sum(dscale, axis=0)
+    tl.store(dshift_ptr + at, dshift.to(dshift_ptr.dtype.element_ty), mask=live_d)
+    tl.store(dscale_ptr + at, dscale.to(dscale_ptr.dtype.element_ty), mask=live_d)
+
+
+def launch_forward(
+    x: Tensor, shift: Tensor, scale: Tensor, rms: bool, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (B, N, D) in `dtype`, mean (B, N) (empty for RMSNorm) and rstd (B, N) in float32."""
+    B, N, D = x.shape
+    x, shift, scale = _rows_together(x), _rows_together(shift), _rows_together(scale)
+    y = x.new_empty(x.shape, dtype=dtype)
+    mean = x.new_empty((0,) if rms else (B, N), dtype=torch.float32)
+    rstd = x.new_empty((B, N), dtype=torch.float32)
+    if y.numel() == 0:
+        return y, mean, rstd
+    groups, rows, block_d = _split(N, D, scale)
+    block_n, warps = (FORWARD if rows > 1 else PER_TOKEN)[block_d]
+    _forward[(B * groups * triton.cdiv(rows, block_n),)](
+        x, shift, scale, y, mean, rstd, groups, rows,
+        *_strides(x), *_strides(shift), *_strides(scale), eps,
+        D=D, RMS=rms, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=warps,
+    )  # fmt: skip
+    return y, mean, rstd
+
+
+def launch_backward(
+    dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, rms: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx (B, N, D) in the dtype of x; dshift and dscale in the shape and dtype of scale."""
+    B, N, D = x.shape
+    dy, x, rows_of_scale = _rows_together(dy), _rows_together(x), _rows_together(scale)
+    dx = x.new_empty(x.shape)
+    if dx.numel() == 0:
+        return dx, scale.new_zeros(scale.shape), scale.new_zeros(scale.shape)
+    groups, rows, block_d = _split(N, D, scale)
+    block_n, warps = (BACKWARD if rows > 1 else PER_TOKEN)[block_d]
+    chunks = min(triton.cdiv(PROGRAMS, B * groups), triton.cdiv(rows, SHORTEST_CHUNK))
+    chunk = triton.cdiv(rows, chunks)
+    chunks = triton.cdiv(rows, chunk)
+    shared = scale.shape[0] < B  # one modulation for the whole batch
+    parts = dshift, dscale = scale.new_empty(scale.shape), scale.new_empty(scale.shape)
+    if chunks > 1 or shared:
+        parts = x.new_empty((2, B * groups * chunks, D), dtype=torch.float32).unbind()
+    _backward[(B * groups * chunks,)](
+        dy, x, rows_of_scale, mean, rstd, dx, *parts, groups, rows, chunk,
+        *_strides(dy), *_strides(x), *_strides(rows_of_scale),
+        D=D, RMS=rms, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=warps,
+    )  # fmt: skip
+    if chunks > 1 or shared:
+        samples = B if shared else 1
+        _sum_partials[(B * groups // samples, triton.cdiv(D, 32))](
+            *parts, dshift, dscale, samples * chunks, chunks, groups,
+            D=D, BLOCK_R=32, BLOCK_D=32, num_warps=4,
+        )  # fmt: skip
+    return dx, dshift, dscale
+
+
+def _rows_together(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _split(N: int, D: int, modulation: Tensor) -> tuple[int, int, int]:
+    """Groups per sample, tokens per group, BLOCK_D."""
+    groups = modulation.shape[1] if modulation.dim() == 3 else 1
+    return groups, N // groups, _block_d(D)
+
+
+def _block_d(D: int) -> int:
+    return max(512, triton.next_power_of_2(D))
+
+
+def _strides(tensor: Tensor) -> tuple[int, int]:
+    """Steps along the batch and along tokens or groups; 0 where the size is 1.
+
+    The stride of a size-1 axis is arbitrary, and Triton would compile anew for a 1.
+    """
+    middle = tensor.stride(1) if tensor.dim() == 3 and tensor.shape[1] > 1 else 0
+    return tensor.stride(0) if tensor.shape[0] > 1 else 0, middle
+
+
+def _variant(name, kernel, table, D, x="bf16", rms=False):
+    """A bf16 call of width D; `x="fp32"` is the residual stream under autocast."""
+    block_d = _block_d(D)
+    block_n, warps = table[block_d]
+    pointers = {"x_ptr": x, "dx_ptr": x}
+    pointers |= dict.fromkeys(("y_ptr", "dy_ptr", "shift_ptr", "scale_ptr"), "bf16")
+    pointers |= dict.fromkeys(("mean_ptr", "rstd_ptr", "dshift_ptr", "dscale_ptr"), "fp32")
+    strides = [f"{name}_{axis}" for name in ("x", "dy") for axis in "bn"]
+    strides += [f"{name}_{axis}" for name in ("shift", "scale") for axis in "bg"]
+    types = {name: f"*{dtype}:16" for name, dtype in pointers.items()}
+    types |= dict.fromkeys(strides, "i32:16") | {"eps": "fp32"}
+    types |= dict.fromkeys(("groups", "rows", "chunk"), "i32")
+    constants = {"D": D, "RMS": rms, "BLOCK_N": block_n, "BLOCK_D": block_d}
+    return Variant(name, kernel, types, constants, warps)
+
+
+# The widths of VDT-S, MarDini, VDT-L and Pyramid Flow.
+VARIANTS = [
+    *(_variant(f"forward_{D}", _forward, FORWARD, D) for D in (384, 1024, 1152, 1920)),
+    *(_variant(f"backward_{D}", _backward, BACKWARD, D) for D in (384, 1024, 1152, 1920)),
+    _variant("forward_autocast_1152", _forward, FORWARD, 1152, x="fp32"),
+    _variant("backward_autocast_1152", _backward, BACKWARD, 1152, x="fp32"),
+    _variant("forward_token_rms_1152", _forward, PER_TOKEN, 1152, rms=True),
+    Variant(
+        "sum_partials_1152",
+        _sum_partials,
+        dict.fromkeys(("shift_parts_ptr", "scale_parts_ptr"), "*fp32:16")
+        | dict.fromkeys(("dshift_ptr", "dscale_ptr"), "*bf16:16")
+        | dict.fromkeys(("terms", "chunks", "groups"), "i32"),
+        {"D": 1152, "BLOCK_R": 32, "BLOCK_D": 32},
+        num_warps=4,
+    ),
+]
