@@ -20,7 +20,8 @@ install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install $(if $(TORCH_INDEX),--retries 1 --extra-index-url $(TORCH_INDEX)) -r constraints.txt
+	$(PIP) install --no-deps $(if $(TORCH_INDEX),--retries 1 --extra-index-url $(TORCH_INDEX)) -r constraints.txt
+	$(PIP) install -r constraints.txt
 	$(PIP) install -c constraints.txt "setuptools>=77" wheel ninja
 	CFLAGS="$(CFLAGS)" $(PIP) install -c constraints.txt --no-build-isolation -e ".[$(EXTRAS)]"
 	$(PIP) install --no-deps lpips

@@ -101,7 +101,7 @@ def machine(broken):
     yield "free disk", f"{free / 2**30:.1f} GiB in {Path.cwd()}"
 
 
-def gpu_absence(broken) -> str:
+def gpu_absence(broken: list[str]) -> str:
     import torch
 
     if shutil.which("nvidia-smi") is None:
