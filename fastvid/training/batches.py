@@ -1,0 +1,139 @@
+"""Clips into training: the sets that a config names, and batches that resume where a run stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fastvid.training.codec import Codec
+from fastvid.training.config import DataConfig, TrainConfig
+from fastvid.training.distributed import World
+from fastvid.training.draws import generator
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This rank's clips of one step: latents (B, C, T, H, W) on the device, the number of each in
+    the run's order, where each came from, and the sampler's state once they are trained on."""
+
+    latents: Tensor
+    numbers: list[int]
+    paths: list[str]
+    sampler: dict[str, int]
+
+
+def open_sets(data: DataConfig, codec: Codec, seed: int) -> tuple[Dataset, Dataset | None]:
+    """Training and validation sets; the second is None where nothing is held out.
+
+    Raises:
+        ValueError: no folder is named, or a set does not fit.
+        FileNotFoundError, RuntimeError: a folder is missing, or nothing in it can be read.
+    """
+    if not data.train:
+        raise ValueError("data.train must name a folder of clips")
+    return {"clips": _clips, "frames": _frames, "cityscapes": _frames, "latents": _latents}[
+        data.kind
+    ](data, codec, seed)
+
+
+def batches(
+    dataset: Dataset, config: TrainConfig, codec: Codec, world: World, sampler_state: dict[str, int]
+) -> Iterator[Batch]:
+    """Batches without end, from where `sampler_state` says ({} is the start).
+
+    The clips of a step, taken over all ranks, are the same for every world size.
+    """
+    from fastvid.data.sampler import ResumableSampler
+
+    size = len(dataset)  # type: ignore[arg-type]
+    sampler = ResumableSampler(size, seed=config.run.seed, rank=world.rank, world=world.size)
+    if sampler_state:
+        sampler.load_state_dict(sampler_state)
+    share = config.optim.batch // world.size
+    loader = DataLoader(
+        dataset,
+        batch_size=share,
+        sampler=sampler,
+        num_workers=config.data.workers,
+        persistent_workers=config.data.workers > 0,
+        pin_memory=world.device.type == "cuda",
+        # Its own generator: the loader must not move the one that dropout draws from.
+        generator=torch.Generator(),
+    )
+    for items in loader:
+        first = sampler.epoch * size + sampler.seen + world.rank
+        numbers = [first + i * world.size for i in range(share)]
+        sampler.advance(config.optim.batch)
+        latents = to_latents(items, numbers, codec, world, config.run.seed, "train")
+        yield Batch(latents, numbers, items["path"], sampler.state_dict())
+
+
+def to_latents(
+    items: dict[str, Any], numbers: Sequence[int], codec: Codec, world: World, seed: int, kind: str
+) -> Tensor:
+    """Collated items as latents on the device; the codec's own draws belong to each number."""
+    if "latents" in items:
+        return items["latents"].to(world.device, torch.float32, non_blocking=True)
+    video = items["video"].to(world.device, non_blocking=True)
+    generators = [generator(seed, kind, "codec", number) for number in numbers]
+    return codec.encode(video, generators=generators)
+
+
+def _clips(data: DataConfig, codec: Codec, seed: int) -> tuple[Dataset, Dataset | None]:
+    from fastvid.data.clips import ClipDataset
+    from fastvid.data.split import split_files
+    from fastvid.data.video import find_videos
+
+    train: Sequence[Any] = find_videos(data.train)
+    held: Sequence[Any] = find_videos(data.validation) if data.validation else []
+    if not data.validation and data.validation_share:
+        train, held = split_files(train, data.validation_share, seed=0, root=data.train)
+    same: dict[str, Any] = {
+        "frames": data.frames,
+        "size": data.size,
+        "stride": data.stride,
+        "fit": data.fit,
+        "cache": data.cache,
+    }
+    return (
+        ClipDataset(train, seed=seed, hflip=data.hflip, **same),
+        ClipDataset(held, windows="grid", **same) if held else None,
+    )
+
+
+def _frames(data: DataConfig, codec: Codec, seed: int) -> tuple[Dataset, Dataset | None]:
+    from fastvid.data.frames import FrameFolderDataset, cityscapes_sequences, frame_folders
+
+    find = cityscapes_sequences if data.kind == "cityscapes" else frame_folders
+    train = find(data.train)
+    held = find(data.validation) if data.validation else []
+    if not data.validation and data.validation_share:
+        count = max(1, round(len(train) * data.validation_share))
+        train, held = train[:-count], train[-count:]
+    same: dict[str, Any] = {
+        "frames": data.frames,
+        "size": data.size,
+        "stride": data.stride,
+        "fit": data.fit,
+    }
+    return (
+        FrameFolderDataset(train, seed=seed, hflip=data.hflip, **same),
+        FrameFolderDataset(held, windows="first", **same) if held else None,
+    )
+
+
+def _latents(data: DataConfig, codec: Codec, seed: int) -> tuple[Dataset, Dataset | None]:
+    from fastvid.data.latents import LatentDataset
+
+    train = LatentDataset(data.train, codec=codec.identity)
+    held = LatentDataset(data.validation, codec=codec.identity) if data.validation else None
+    C, T, H, W = train[0]["latents"].shape
+    wanted = (codec.channels, data.frames, *(side // codec.factor for side in data.size))
+    if (C, T, H, W) != wanted:
+        raise ValueError(f"data.train holds latents (C, T, H, W) = {(C, T, H, W)}, needs {wanted}")
+    return train, held

@@ -1,0 +1,66 @@
+"""The objects that a config names."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from fastvid.diffusion import schedule as schedules
+from fastvid.models.vdt import VDT
+from fastvid.training.config import DiffusionConfig, TrainConfig
+
+
+def build_schedule(config: DiffusionConfig) -> schedules.Schedule:
+    """The chain that training draws its noise levels from."""
+    makers = {
+        "linear": schedules.linear,
+        "scaled_linear": schedules.scaled_linear,
+        "squared_cosine": schedules.squared_cosine,
+    }
+    schedule = makers[config.schedule](config.steps)
+    if config.zero_snr:
+        schedule = schedules.rescale_zero_terminal_snr(schedule)
+    return schedules.respace(schedule, config.respacing) if config.respacing else schedule
+
+
+def build_model(config: TrainConfig) -> VDT:
+    """A model with fresh weights, or with those of `run.init`.
+
+    `run.init` is a run folder, a folder of `save_pretrained`, or an official checkpoint file. An
+    image model starts the spatial half of a video model (the paper's two-stage training).
+
+    Raises:
+        ValueError: there are no such weights, or they belong to another architecture.
+    """
+    if not config.run.init:
+        return VDT(config.model)
+    path = Path(config.run.init)
+    if path.is_file():
+        target = config.model
+        model = VDT.from_official(
+            path, heads=target.heads, frames=target.frames, height=target.height, width=target.width
+        )
+    else:
+        model = VDT.from_pretrained(model_folder(path))
+        if model.config.mode == "image" and config.model.mode == "video":
+            model = VDT.from_image(model, frames=config.model.frames)
+    # Training alone reads these; weights fit whatever they are.
+    free = {"drop_labels": config.model.drop_labels, "class_dropout": config.model.class_dropout}
+    if (config.model.class_dropout > 0) != (model.config.class_dropout > 0):
+        del free["class_dropout"]
+    if replace(model.config, **free) != config.model:
+        raise ValueError(f"weights in {path} are of {model.config}, the run wants {config.model}")
+    model.config = config.model
+    return model
+
+
+def model_folder(path: Path) -> Path:
+    """The folder with weights that `path` means: itself, or the best or else last of a run.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for folder in (path, path / "model" / "best", path / "model" / "last"):
+        if (folder / "model.safetensors").is_file():
+            return folder
+    raise ValueError(f"{path} is neither a run with saved weights nor a model folder")

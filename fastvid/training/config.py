@@ -1,0 +1,285 @@
+"""Everything that decides a training run, as frozen dataclasses that YAML and a shell can set."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_type_hints
+
+from fastvid.models.vdt import VDTConfig
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where clips come from and how they are cut."""
+
+    kind: Literal["clips", "frames", "cityscapes", "latents"] = "clips"
+    """Video files, folders of frames, Cityscapes sequences, or what `fastvid encode` wrote."""
+    train: str = ""
+    """Folder to train on."""
+    validation: str = ""
+    """Folder to validate on; empty takes a share of the training files away."""
+    validation_share: float = 0.1
+    """That share, by file: clips of one file never stand on both sides."""
+    frames: int = 16
+    """Frames per clip."""
+    size: tuple[int, int] = (128, 128)
+    """Height and width in pixels."""
+    stride: int = 1
+    """Take every `stride`-th frame of a file."""
+    fit: Literal["crop", "letterbox"] = "crop"
+    """How a file of another aspect ratio meets size."""
+    hflip: bool = False
+    """Mirror half of the training clips."""
+    cache: bool = False
+    """Decode every file once and keep it in memory; for small sets."""
+    workers: int = 0
+    """Processes that read clips, per trainer; 0 reads in the trainer itself."""
+
+    def __post_init__(self):
+        _positive(self, "frames", "stride")
+        object.__setattr__(self, "size", tuple(self.size))
+        if len(self.size) != 2 or min(self.size) < 1:
+            raise ValueError(f"data.size must be (height, width) in pixels, got {self.size}")
+        if not 0 <= self.validation_share < 1:
+            raise ValueError(
+                f"data.validation_share must be in [0, 1), got {self.validation_share}"
+            )
+        if self.workers < 0:
+            raise ValueError(f"data.workers must not be negative, got {self.workers}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodecConfig:
+    """How video becomes latents."""
+
+    kind: Literal["pixel", "diffusers"] = "pixel"
+    """Space-to-depth without weights, or an AutoencoderKL from a local folder."""
+    factor: int = 4
+    """pixel: pixels per latent cell along height and width."""
+    path: str = ""
+    """diffusers: the autoencoder's folder."""
+    scale: float = 0.18215
+    """diffusers: latents = (posterior - shift) * scale."""
+    shift: float = 0.0
+    """diffusers: see scale."""
+    chunk: int = 16
+    """diffusers: frames per call of the autoencoder."""
+    posterior: Literal["sample", "mode"] = "sample"
+    """diffusers: draw latents from the posterior or take its mean."""
+
+    def __post_init__(self):
+        _positive(self, "factor", "chunk")
+        if self.kind == "diffusers" and not self.path:
+            raise ValueError("codec.path must name a local AutoencoderKL folder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig:
+    """What the model learns to undo."""
+
+    schedule: Literal["linear", "scaled_linear", "squared_cosine"] = "linear"
+    """Noise schedule."""
+    steps: int = 1000
+    """Length of the schedule."""
+    zero_snr: bool = False
+    """Rescale so that the last step is pure noise; eps prediction cannot use it."""
+    respacing: str = ""
+    """Train on a respaced chain, for example "500" or "ddim50"; empty keeps every step."""
+    prediction: Literal["eps", "v", "x0"] = "eps"
+    """What the model's first C channels are."""
+    average: Literal["unknown", "all"] = "unknown"
+    """Divide the loss by the cells to generate, or by all cells as published VDT models did."""
+    variational: float = 1.0
+    """Factor of the variational term, where the model learns its variance."""
+    tasks: dict[str, float] = field(
+        default_factory=lambda: {"predict": 1.0, "interpolate": 1.0, "unconditional": 1.0}
+    )
+    """Training mix: task name to weight. Each clip draws its own task."""
+    given: dict[str, int] = field(default_factory=dict)
+    """Number of given frames by task name, where it is not the task's own."""
+
+    def __post_init__(self):
+        from fastvid.diffusion.tasks import TASKS
+
+        _positive(self, "steps")
+        if self.zero_snr and self.prediction == "eps":
+            raise ValueError("diffusion.zero_snr needs prediction 'v' or 'x0', got 'eps'")
+        if unknown := sorted((set(self.tasks) | set(self.given)) - set(TASKS)):
+            raise ValueError(f"diffusion.tasks and given know {sorted(TASKS)}, got {unknown}")
+        if min(self.tasks.values(), default=0) < 0 or not sum(self.tasks.values()) > 0:
+            raise ValueError(f"diffusion.tasks must weigh at least one task, got {self.tasks}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW, its learning rate over the run, and the batch."""
+
+    batch: int = 16
+    """Clips per optimiser step, over all processes: the run is the same on any number of them."""
+    accumulate: int = 1
+    """Parts a process cuts its share of the batch into, one after another; saves memory."""
+    lr: float = 1e-4
+    """Highest learning rate."""
+    lr_end: float = 0.0
+    """Learning rate that the cosine ends at; equal to lr keeps it constant."""
+    warmup: int = 0
+    """Steps of linear rise to lr."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's."""
+    weight_decay: float = 0.0
+    """AdamW's; on matrices only, not on biases and norms."""
+    clip: float = 1.0
+    """Largest gradient norm; larger ones are scaled down to it. 0 clips nothing."""
+    ema: float = 0.9999
+    """Decay of the averaged weights, ramped up as (1 + step) / (10 + step). 0 keeps none."""
+
+    def __post_init__(self):
+        _positive(self, "batch", "accumulate", "lr")
+        object.__setattr__(self, "betas", tuple(self.betas))
+        if not 0 <= self.lr_end <= self.lr:
+            raise ValueError(f"optim.lr_end must be in [0, lr = {self.lr}], got {self.lr_end}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"optim.ema must be in [0, 1), got {self.ema}")
+        if min(self.warmup, self.clip, self.weight_decay) < 0:
+            raise ValueError("optim.warmup, clip and weight_decay must not be negative")
+        if self.batch % self.accumulate:
+            raise ValueError(
+                f"optim.batch must be a multiple of accumulate = {self.accumulate}, got {self.batch}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where a run lives, how long it takes and what it does on the way. 0 switches an interval off."""
+
+    folder: str = "runs/vdt"
+    """Everything the run writes."""
+    steps: int = 100_000
+    """Optimiser steps in all, those before a resume included."""
+    seed: int = 0
+    """Decides first weights, order of clips, noise, timesteps and tasks."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where there is one."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 computes under autocast; weights, optimiser and EMA stay in fp32."""
+    compile: bool = False
+    """torch.compile the model."""
+    checkpoint_blocks: int = 0
+    """The first so many blocks are recomputed in the backward pass instead of remembered."""
+    init: str = ""
+    """First weights: a run or model folder, or an official VDT checkpoint file."""
+    log_every: int = 10
+    """Steps between lines of log.jsonl."""
+    validate_every: int = 1000
+    """Steps between validations; the best one's checkpoint is kept."""
+    validation_clips: int = 64
+    """Clips in a validation, always the same ones with the same noise."""
+    sample_every: int = 5000
+    """Steps between contact sheets of samples."""
+    save_every: int = 1000
+    """Steps between checkpoints; the last step always saves."""
+    keep: int = 2
+    """Newest checkpoints to keep, beside the best."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A NaN or infinite loss or gradient: end the run, or leave out that update."""
+    skip_limit: int = 5
+    """Updates in a row that "skip" may leave out before the run ends after all."""
+
+    def __post_init__(self):
+        _positive(self, "steps", "log_every", "keep", "validation_clips", "skip_limit")
+        for name in ("validate_every", "sample_every", "save_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"run.{name} must not be negative, got {getattr(self, name)}")
+        if not self.folder:
+            raise ValueError("run.folder must name a folder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A whole run. `fastvid train` starts from a recipe's and overrides single values."""
+
+    model: VDTConfig = field(default_factory=VDTConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    codec: CodecConfig = field(default_factory=CodecConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self):
+        if self.data.frames > self.model.frames:
+            raise ValueError(
+                f"data.frames must be at most model.frames = {self.model.frames}, "
+                f"got {self.data.frames}"
+            )
+        if self.codec.kind == "pixel":
+            check_latents(self, 3 * self.codec.factor**2, self.codec.factor)
+
+
+def check_latents(config: TrainConfig, channels: int, factor: int) -> None:
+    """Refuse a model that does not fit latents of `channels`, at `factor` pixels per cell."""
+    made = (channels, *(side / factor for side in config.data.size))
+    model = config.model
+    if made != (model.channels, model.height, model.width):
+        raise ValueError(
+            f"model.channels, height and width must be what the codec makes of data.size = "
+            f"{config.data.size}: {', '.join(f'{n:g}' for n in made)}, "
+            f"got {model.channels}, {model.height}, {model.width}"
+        )
+
+
+def write_config(config: TrainConfig, path: Path) -> None:
+    """Write every value as YAML. `read_config` and `fastvid train --config` read it back."""
+    import yaml
+
+    text = yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False)
+    path.write_text(text, encoding="utf-8")
+
+
+def read_config(path: Path) -> TrainConfig:
+    """The config in a YAML file.
+
+    Raises:
+        ValueError: a key is unknown or a value refused; the message names the file.
+    """
+    import yaml
+
+    try:
+        return _from_mapping(TrainConfig, yaml.safe_load(path.read_text(encoding="utf-8")), "")
+    except (TypeError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def config_hash(config: TrainConfig) -> str:
+    """16 hex digits that change when any value does."""
+    return hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _from_mapping(kind: type[T], values: Any, where: str) -> T:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where or 'config'} must be a mapping, got {type(values).__name__}")
+    known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+    if unknown := sorted(map(str, set(values) - known)):
+        raise ValueError(f"unknown key {where}{unknown[0]}; known here: {', '.join(sorted(known))}")
+    types = get_type_hints(kind)
+    return kind(
+        **{
+            name: _from_mapping(types[name], value, f"{where}{name}.")
+            if is_dataclass(types[name])
+            else tuple(value)
+            if isinstance(value, list)
+            else value
+            for name, value in values.items()
+        }
+    )
+
+
+def _positive(config: object, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{name} must be positive, got {getattr(config, name)}")

@@ -1,0 +1,54 @@
+"""A look at the model while it trains: held-out clips, sampled, as one contact sheet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+from torch.utils.data import Dataset
+
+from fastvid.diffusion.sampling import sample_ddim
+from fastvid.diffusion.schedule import Schedule, respace
+from fastvid.training.codec import Codec
+from fastvid.training.config import TrainConfig
+from fastvid.training.distributed import World
+from fastvid.training.sheets import Row, save_contact_sheet
+from fastvid.training.validate import fixed_clips
+
+_CLIPS, _STEPS = 4, 25  # clips on a sheet, DDIM steps
+
+
+def save_preview(
+    path: Path,
+    model: nn.Module,
+    dataset: Dataset,
+    codec: Codec,
+    schedule: Schedule,
+    config: TrainConfig,
+    world: World,
+) -> None:
+    """Write a sheet with two lines per clip: what was filmed, and what the model makes of the given
+    frames, one task after another. Every rank computes it (FSDP waits for all), rank 0 writes."""
+    count = min(max(_CLIPS, sum(w > 0 for w in config.diffusion.tasks.values())), len(dataset))  # type: ignore[arg-type]
+    short = respace(schedule, min(_STEPS, len(schedule)), spacing="trailing")
+    clean, draws = fixed_clips(
+        dataset, list(range(count)), count, codec, len(schedule), config, world
+    )
+    with world.autocast(config.run.precision):
+        made = sample_ddim(
+            model,
+            draws.noise,
+            short,
+            known=draws.known,
+            clean=clean,
+            prediction=config.diffusion.prediction,
+        )
+    if not world.first:
+        return
+    rows = []
+    for task, known, filmed, drawn in zip(
+        draws.tasks, draws.known.cpu(), codec.decode(clean), codec.decode(made), strict=True
+    ):
+        rows += [Row("clip", filmed.cpu()), Row(task, drawn.cpu(), known)]
+    title = f"{path.stem}, {len(short)} DDIM steps"
+    save_contact_sheet(path, rows, title=title)

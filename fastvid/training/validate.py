@@ -1,0 +1,104 @@
+"""Validation: the loss and a quick PSNR on held-out clips, with noise and tasks that never change."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, default_collate
+
+from fastvid.diffusion.losses import diffusion_loss
+from fastvid.diffusion.sampling import one_step_x0
+from fastvid.diffusion.schedule import Schedule
+from fastvid.metrics import psnr
+from fastvid.training.batches import to_latents
+from fastvid.training.codec import Codec
+from fastvid.training.config import TrainConfig
+from fastvid.training.distributed import World, total
+from fastvid.training.draws import Draws, draw_validation
+
+
+@torch.no_grad()
+def validate(
+    model: nn.Module,
+    dataset: Dataset,
+    codec: Codec,
+    schedule: Schedule,
+    config: TrainConfig,
+    world: World,
+) -> dict[str, float]:
+    """`loss`, and `psnr/<task>` of the one-step mean against the decoded clip, generated frames
+    only, in dB. The clips are shared out over the ranks; every rank gets the same answer."""
+    diffusion = config.diffusion
+    count = min(config.run.validation_clips, len(dataset))  # type: ignore[arg-type]
+    share = max(1, config.optim.batch // world.size // config.optim.accumulate)
+    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for first in range(0, count, share * world.size):
+        # Every rank runs the model equally often (FSDP waits for all): the last clip fills up.
+        mine = range(first + world.rank, first + share * world.size, world.size)
+        numbers = [min(number, count - 1) for number in mine]
+        clean, draws = fixed_clips(dataset, numbers, count, codec, len(schedule), config, world)
+        with world.autocast(config.run.precision):
+            losses = diffusion_loss(
+                model,
+                clean,
+                draws.index,
+                draws.noise,
+                schedule,
+                known=draws.known,
+                prediction=diffusion.prediction,
+                average=diffusion.average,
+                variational=diffusion.variational,
+            )["loss"]
+            mean = one_step_x0(
+                model,
+                draws.noise,
+                schedule,
+                known=draws.known,
+                clean=clean,
+                prediction=diffusion.prediction,
+            )
+        scores = psnr(_levels(codec, mean), _levels(codec, clean))  # (B, T)
+        generated = ~draws.known.flatten(2).all(2)
+        for i, number in enumerate(mine):
+            if number < count:
+                for name, value in (
+                    ("loss", losses[i]),
+                    (f"psnr/{draws.tasks[i]}", scores[i][generated[i]].mean()),
+                ):
+                    sums[name][0] += value.item()
+                    sums[name][1] += 1
+    names = ["loss", *(f"psnr/{n}" for n, weight in diffusion.tasks.items() if weight > 0)]
+    shared = total([n for name in names for n in sums[name]], world).reshape(-1, 2)
+    return {name: (s / n).item() for name, (s, n) in zip(names, shared, strict=True) if n}
+
+
+def fixed_clips(
+    dataset: Dataset,
+    numbers: list[int],
+    count: int,
+    codec: Codec,
+    steps: int,
+    config: TrainConfig,
+    world: World,
+) -> tuple[Tensor, Draws]:
+    """Held-out clips `numbers` of `count`, spread over the set, as latents, with their draws."""
+    size = len(dataset)  # type: ignore[arg-type]
+    items = default_collate([dataset[number * size // count] for number in numbers])
+    clean = to_latents(items, numbers, codec, world, config.run.seed, "validation")
+    draws = draw_validation(
+        numbers,
+        count,
+        tuple(clean.shape[1:]),  # type: ignore[arg-type]
+        steps,
+        seed=config.run.seed,
+        tasks=config.diffusion.tasks,
+        given=config.diffusion.given,
+    )
+    return clean, draws.to(world.device)
+
+
+def _levels(codec: Codec, latents: Tensor) -> Tensor:
+    """Decoded to [0, 1], as metrics take it."""
+    return codec.decode(latents).float().clamp(-1, 1).add(1).div(2)
