@@ -1,0 +1,204 @@
+"""Generate clips: predict, interpolate, complete or invent, as MP4, GIF and contact sheet."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastvid.diffusion.tasks import TASKS
+
+if TYPE_CHECKING:
+    from fastvid.models.vdt import VDT
+    from fastvid.training.config import TrainConfig
+
+FPS = 12.0  # of what is made from no video
+SMALLEST = 128  # pixels: smaller clips are enlarged in the files, by repeating pixels
+
+
+class Clip(NamedTuple):
+    """What is known of a clip before it is made."""
+
+    name: str  # of its files
+    video: Tensor | None  # (3, T0, H, W) in [-1, 1], T0 at most the length asked for
+    fps: float
+
+
+def main(argv: Sequence[str]) -> int:
+    from tqdm import tqdm
+
+    from fastvid.training.build import build_schedule
+    from fastvid.training.runs import load_run
+    from fastvid.training.sample import sample_task, with_frames
+
+    options = _parser().parse_args(argv)
+    _check(options)
+    model, config, codec = load_run(options.run)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model, codec = model.to(device), codec.to(device)
+    frames = options.frames or config.data.frames
+    if options.one_pass and frames > model.config.frames:
+        model = with_frames(model, frames)
+    task, given = options.task, options.given
+    if given is None:
+        given = config.diffusion.given.get(task)
+    if task == "image-to-video" and options.given is None:
+        task, given = "predict", 1  # the first frame, not any: an image has no other
+
+    clips = _clips(options, config, model, task, given, frames)
+    jobs = [(clip, seed) for clip in clips for seed in _seeds(options)]
+    batches = [jobs[i : i + options.batch] for i in range(0, len(jobs), options.batch)]
+    out = Path(options.out or Path(options.run) / "samples")
+    with tqdm(total=1, unit="step", desc=options.task) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total * len(batches)
+            bar.update(1)
+
+        for jobs_together in batches:
+            video = [clip.video for clip, _ in jobs_together]
+            length = min((v.shape[1] for v in video if v is not None), default=0)
+            made = sample_task(
+                model,
+                codec,
+                build_schedule(config.diffusion),
+                torch.stack([v[:, :length] for v in video if v is not None]) if length else None,
+                task=task,
+                seeds=[seed for _, seed in jobs_together],
+                frames=frames,
+                given=given,
+                overlap=options.overlap,
+                steps=min(options.steps, config.diffusion.steps),
+                eta=options.eta,
+                prediction=config.diffusion.prediction,
+                clip=1.0 if config.codec.kind == "pixel" else None,
+                progress=progress,
+            )
+            for (clip, seed), video_made, known in zip(jobs_together, *made, strict=True):
+                name = f"{clip.name}-{options.task}-seed{seed}"
+                _write(out / name, clip, video_made, known, f"{options.task}, seed {seed}")
+                bar.write(str(out / f"{name}.mp4"))
+    print(f"{len(jobs)} clips of {frames} frames in {out}: MP4, GIF and contact sheet of each")
+    return 0
+
+
+def enlarged(video: Tensor, smallest: int = SMALLEST) -> Tensor:
+    """(3, T, H, W) or (T, 3, H, W) with every pixel repeated until no side is below `smallest`."""
+    times = -(-smallest // min(video.shape[2:]))
+    return video.repeat_interleave(times, 2).repeat_interleave(times, 3)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastvid sample",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("run", help="run folder of `fastvid train`, or a model folder in one")
+    add("--task", choices=TASKS, required=True, metavar="TASK", help=", ".join(TASKS))
+    add("--input", nargs="+", default=[], metavar="CLIP", help="video files, or images")
+    add("--start", type=int, default=0, help="first frame of the input to use")
+    add("--stride", type=int, help="take every so manyth frame of the input [that of training]")
+    add("--given", type=int, metavar="K", help="given frames [those of training, else of the task]")
+    add("--frames", type=int, metavar="N", help="frames of the clip to make [those of training]")
+    long = parser.add_mutually_exclusive_group()
+    long.add_argument(
+        "--window", action="store_true", help="make a long clip by sliding windows [as it is]"
+    )
+    long.add_argument(
+        "--one-pass", action="store_true", help="make a long clip at once, by a longer time table"
+    )
+    add("--overlap", type=int, help="frames a window sees of the one before [as many as given]")
+    add("--steps", type=int, default=50, help="DDIM steps")
+    add("--eta", type=float, default=0.0, help="noise of the DDIM steps: 0 none, 1 as ancestral")
+    add("--seed", type=int, default=0, help="of the first sample; the next ones count up")
+    add("--samples", type=int, default=1, help="samples of every input")
+    add("--batch", type=int, default=8, help="clips at a time; changes no result")
+    add("--device", choices=("cpu", "cuda"), help="[CUDA where there is one]")
+    add("--out", metavar="DIR", help="where files go [RUN/samples]")
+    return parser
+
+
+def _check(options: argparse.Namespace) -> None:
+    for name in ("frames", "samples", "batch", "steps", "stride"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")
+    if options.start < 0:
+        raise ValueError(f"--start must not be negative, got {options.start}")
+    if options.task == "unconditional" and options.input:
+        raise ValueError("--input must be left out: nothing is given for unconditional")
+    if options.task != "unconditional" and not options.input:
+        raise ValueError(f"--input must name a clip: {options.task} starts from given frames")
+
+
+def _seeds(options: argparse.Namespace) -> range:
+    return range(options.seed, options.seed + options.samples)
+
+
+def _clips(
+    options: argparse.Namespace,
+    config: "TrainConfig",
+    model: "VDT",
+    task: str,
+    given: int | None,
+    frames: int,
+) -> list[Clip]:
+    """The inputs at the run's size, each as long as the task needs or longer."""
+    from fastvid.training.sample import draw_known, last_given
+
+    known = draw_known(
+        task, frames, model.config.height, model.config.width, given=given, seeds=_seeds(options)
+    )
+    if not options.input:
+        return [Clip("sample", None, FPS)]
+    stride = options.stride or config.data.stride
+    names = [Path(path).stem for path in options.input]
+    clips = []
+    for number, path in enumerate(map(Path, options.input)):
+        video, fps = _read(path, options.start, frames, stride, config)
+        if video.shape[1] < (needed := last_given(known)):
+            raise ValueError(
+                f"{path} is too short: {options.task} needs {needed} frames from frame "
+                f"{options.start} on, one in {stride}, and it has {video.shape[1]}"
+            )
+        same_name = names.count(path.stem) > 1
+        clips.append(Clip(f"{path.stem}-{number}" if same_name else path.stem, video, fps))
+    return clips
+
+
+def _read(
+    path: Path, start: int, frames: int, stride: int, config: "TrainConfig"
+) -> tuple[Tensor, float]:
+    """Up to `frames` frames as (3, T, H, W) in [-1, 1] at the run's size, and their rate."""
+    from fastvid.data.frames import IMAGES, read_image
+    from fastvid.data.video import probe, read_clip, resize
+
+    size, fit = config.data.size, config.data.fit
+    if path.suffix.lower() in IMAGES:
+        levels, fps = resize(read_image(path)[None], size, fit), FPS
+    else:
+        info = probe(path)
+        there = min(frames, -(-(info.frames - start) // stride))
+        if there < 1:
+            raise ValueError(f"{path} has {info.frames} frames, none from --start {start} on")
+        levels = read_clip(path, start, there, stride=stride, size=size, fit=fit)
+        fps = info.fps / stride
+    return levels.transpose(0, 1).float().div(127.5).sub(1), fps
+
+
+def _write(path: Path, clip: Clip, made: Tensor, known: Tensor, title: str) -> None:
+    """`made` (3, T, H, W) as .mp4, .gif and .png; under the truth, where the input reaches on."""
+    from fastvid.data.video import write_gif, write_mp4
+    from fastvid.training.sheets import Row, save_contact_sheet, to_uint8
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    levels = to_uint8(enlarged(made))
+    write_mp4(path.with_name(f"{path.name}.mp4"), levels, clip.fps)
+    write_gif(path.with_name(f"{path.name}.gif"), levels, clip.fps)
+    rows = [Row("made", made, known)]
+    if clip.video is not None and clip.video.shape == made.shape:
+        rows.insert(0, Row("input", clip.video, known))
+    save_contact_sheet(path.with_name(f"{path.name}.png"), rows, title=f"{clip.name}: {title}")
