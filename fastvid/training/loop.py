@@ -14,7 +14,7 @@ from fastvid.training.config import TrainConfig
 from fastvid.training.distributed import join, on_first
 from fastvid.training.draws import draw, generator
 from fastvid.training.guard import judge, leave_out
-from fastvid.training.interrupt import Interrupted, stop_on_signal
+from fastvid.training.interrupt import Interrupted, StopRequest, stop_on_signal
 from fastvid.training.preview import save_preview
 from fastvid.training.runs import export
 from fastvid.training.setup import Run, prepared
@@ -22,7 +22,7 @@ from fastvid.training.state import TrainState, averaged, full_weights, learning_
 from fastvid.training.validate import validate
 
 
-def train(config: TrainConfig, *, resume: bool = False) -> Path:
+def train(config: TrainConfig, *, resume: bool = False, stop_at: int = 0) -> Path:
     """Train as `config` says and return the run's folder.
 
     Under torchrun every process calls this with the same arguments; FSDP2 splits the model.
@@ -30,27 +30,31 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     Args:
         resume: continue from the newest sound checkpoint in `run.folder`. With none there the run
             starts at its beginning. On the CPU a resumed run equals an uncut one bit for bit.
+        stop_at: end after this step as a signal would; the learning rate still follows run.steps.
     Raises:
         ValueError: the config does not fit the data, the codec, the processes or, on a resume, the
             run; or the folder holds a run and `resume` is False. Nothing was computed.
-        Interrupted: a signal came; the state was saved first.
+        Interrupted: a signal came, or step `stop_at`; the state was saved first.
         NonFiniteError: NaN or infinity, see `run.on_nonfinite`.
         CheckpointError: the state could not be saved, or no checkpoint is sound.
         RuntimeError: another process trains in this folder.
     """
-    with join(config.run.device) as world, prepared(config, world, resume) as (run, state):
-        with stop_on_signal() as stop:
-            _loop(run, state, stop)
+    with (
+        join(config.run.device) as world,
+        prepared(config, world, resume) as (run, state),
+        stop_on_signal() as stop,
+    ):
+        _loop(run, state, stop, stop_at)
     return run.folder
 
 
-def _loop(run: Run, state: TrainState, stop: object) -> None:
+def _loop(run: Run, state: TrainState, stop: StopRequest, stop_at: int) -> None:
     optim, every = run.config.optim, run.config.run
     feed = batches(run.train, run.config, run.codec, state.world, state.sampler)
     while state.step < every.steps:
         batch = next(feed)
         loss = _backward(run, state, batch)
-        verdict = judge(state, loss, clip=optim.clip, stop=bool(stop))
+        verdict = judge(state, loss, clip=optim.clip, stop=bool(stop) or state.step + 1 == stop_at)
         lr = learning_rate(state.step, every.steps, optim)
         if verdict.finite:
             update(state, lr, optim.ema)
