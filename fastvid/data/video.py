@@ -84,7 +84,7 @@ class _Index:
 
 
 def probe(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> VideoInfo:
-    """Describe the best video stream of a file.
+    """Describe the video stream of a file; of several, the one with the largest picture.
 
     Reads the packets of the whole file once and decodes one frame; the answer is kept until the
     file changes.
@@ -308,7 +308,9 @@ def _index(path: str, modified: int, size: int, max_pixels: int) -> _Index:
         if not listed:
             raise VideoError(path, "holds no video frame")
         if first is None:  # a stream so short that its only frame waits for the end
-            first = next(iter(stream.codec_context.decode(None)))
+            first = next(iter(stream.codec_context.decode(None)), None)
+        if first is None:
+            raise VideoError(path, "no frame of it can be decoded")
 
         stamps = [pts for pts, _, _ in listed if pts is not None]
         timed = len(set(stamps)) == len(listed)
@@ -395,19 +397,22 @@ def _open(path: str, max_pixels: int) -> Any:
         "max_pixels": str(max_pixels),
     }
     # "file:" keeps a name such as "concat:a|b" a name; metadata may hold any bytes.
-    return av.open(f"file:{os.path.abspath(path)}", options=options, metadata_errors="ignore")
+    url = f"file:{os.path.abspath(path)}"
+    try:
+        return av.open(url, options=options, metadata_errors="ignore")
+    except av.ArgumentError as error:  # the answer of the format list
+        raise VideoError(path, f"is none of the formats {_FORMATS}") from error
 
 
 def _best_stream(container: Any, path: str, max_pixels: int) -> Any:
-    """The video stream that a player would show, after a look at what its header promises."""
-    stream = container.streams.best("video")
-    if stream is None:
+    """The stream of the largest picture, after a look at what its header promises."""
+    streams = [s for s in container.streams.video if not s.disposition & s.disposition.attached_pic]
+    if not streams:
         raise VideoError(path, "holds no video stream")
+    stream = max(streams, key=lambda s: s.height * s.width)  # the first of equals
     height, width = stream.height, stream.width
     if height * width > max_pixels:
-        raise VideoError(
-            path, f"frames of {height}x{width} are over {max_pixels} pixels, the limit"
-        )
+        raise VideoError(path, f"its {height} x {width} frames exceed {max_pixels} pixels")
     if stream.frames > MAX_FRAMES:
         raise VideoError(path, f"claims {stream.frames} frames, more than {MAX_FRAMES}")
     stream.codec_context.options = {"max_pixels": str(max_pixels)}
@@ -425,7 +430,7 @@ def _one_error(path: str | os.PathLike[str]) -> Iterator[None]:
     except ImportError as error:
         raise RuntimeError("reading video needs PyAV: pip install 'fastvid[video]'") from error
     except Exception as error:
-        reason = str(error) or type(error).__name__
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise VideoError(path, f"cannot be read: {reason}") from error
 
 
