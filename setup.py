@@ -48,6 +48,6 @@ def compiled_part() -> dict:
 setup(
     packages=packages,
     package_dir={"fastvid.kernels": "kernels"},
-    package_data={"": ["*.md", "*.json", "*.yaml", "py.typed"]},
+    package_data={"": ["*.md", "*.yaml", "py.typed"]},
     **compiled_part(),
 )

@@ -21,7 +21,7 @@ EXTRAS = {  # what to install for a module that a verb or class imports when it 
     "tqdm": "train",
     "scipy": "metrics",
     "webdataset": "data",
-    "matplotlib": "bench",
+    "matplotlib": "train",
     "pynvml": "bench",
     "pytest_benchmark": "bench",
     "gradio": "demo",
