@@ -101,7 +101,7 @@ def posterior(
     variance = _coefficient("posterior_variance", index, schedule, x)
     log_variance = _coefficient("posterior_log_variance_clipped", index, schedule, x)
     mean = (of_x0 * x0 + of_x * x).to(x.dtype)
-    return mean, torch.as_tensor(variance), torch.as_tensor(log_variance)
+    return mean, _tensor(variance, x), _tensor(log_variance, x)
 
 
 def reverse_moments(
@@ -135,7 +135,7 @@ def reverse_moments(
         check_fixed_variance(fixed_variance)
         table = "large_log_variance" if fixed_variance == "large" else None
         fixed = low if table is None else _coefficient(table, index, schedule, x)
-        log_variance = torch.as_tensor(fixed, dtype=x.dtype, device=x.device).expand_as(x)
+        log_variance = _tensor(fixed, x).to(x.dtype).expand_as(x)
     return Moments(x0, mean, log_variance)
 
 
@@ -216,3 +216,10 @@ def _coefficient(
     if isinstance(index, int):
         return schedule.at(table, index)
     return schedule.gather(table, index, like)
+
+
+def _tensor(value: float | Tensor, like: Tensor) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    wide = torch.promote_types(like.dtype, torch.float32)
+    return torch.full((), value, dtype=wide, device=like.device)
