@@ -307,6 +307,25 @@ def test_a_header_that_lies_about_its_size_is_refused_by_the_decoder(tmp_path):
         read_clip(path, max_pixels=10_000)
 
 
+def test_too_many_frames_are_refused(make_video, monkeypatch):
+    from fastvid.data import video
+
+    monkeypatch.setattr(video, "MAX_FRAMES", 20)
+    with pytest.raises(VideoError, match="claims 40 frames, more than 20"):
+        probe(make_video(frames=40))
+
+
+def test_a_size_that_changes_midway_needs_a_target(tmp_path):
+    parts = [
+        encode(tmp_path / f"{i}.ts", numbered(10, 16 * (i + 1))).read_bytes() for i in range(2)
+    ]
+    path = tmp_path / "both.ts"
+    path.write_bytes(b"".join(parts))
+    with pytest.raises(VideoError, match="changes its size midway"):
+        read_clip(path)
+    assert numbers(read_clip(path, size=(8, 32))) == [*range(10), *range(10)]
+
+
 def test_mutants_give_frames_or_one_kind_of_error(tmp_path):
     """Flipped bits, cuts, new headers and splices over three containers: no other exception."""
     rng = random.Random(0)
