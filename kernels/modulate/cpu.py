@@ -23,18 +23,20 @@ def forward(x, shift, scale, rms, eps, dtype):
 
 def backward(dy, x, scale, mean, rstd, rms):
     """dx, dshift, dscale."""
-    wide = _accumulator(x)
-    dy, x_wide = dy.to(wide), x.to(wide)
-    rstd = rstd.unsqueeze(-1)
-    normed = x_wide * rstd if rms else (x_wide - mean.unsqueeze(-1)) * rstd
-    dshift = per_group(dy, scale).to(scale.dtype)
-    dscale = per_group(dy * normed, scale).to(scale.dtype)
-    g = (_by_group(dy, scale) * (1 + _rows(scale, dy))).flatten(1, 2)
-    projection = (g * normed).mean(-1, keepdim=True)
-    if not rms:
-        g -= g.mean(-1, keepdim=True)
-    dx = torch.addcmul(g, normed, projection, value=-1).mul_(rstd)
-    return dx.to(x.dtype).contiguous(), dshift.contiguous(), dscale.contiguous()
+    wide = x.to(_accumulator(x))
+    dy = dy.to(wide.dtype)
+    mean, rstd = mean.unsqueeze(-1), rstd.unsqueeze(-1)
+    dnormed = (_by_group(dy, scale) * (1 + _rows(scale, dy))).flatten(1, 2)
+    normed = wide * rstd if rms else (wide - mean).mul_(rstd)
+    if rms:
+        dx = torch.addcmul(dnormed, normed, (dnormed * normed).mean(-1, keepdim=True), value=-1)
+        dx *= rstd
+    else:
+        dx, _, _ = torch.ops.aten.native_layer_norm_backward(
+            dnormed, wide, x.shape[-1:], mean, rstd, None, None, [True, False, False]
+        )
+    dshift, dscale = per_group(dy, scale), per_group(normed.mul_(dy), scale)
+    return dx.to(x.dtype).contiguous(), dshift.to(scale.dtype), dscale.to(scale.dtype)
 
 
 def _accumulator(x: Tensor) -> torch.dtype:
@@ -51,3 +53,34 @@ def _rows(modulation: Tensor, like: Tensor) -> Tensor:
     """(B|1, D) or (B|1, groups, D) viewed as (B|1, groups, 1, D), in the dtype of `like`."""
     groups = modulation if modulation.dim() == 3 else modulation.unsqueeze(1)
     return groups.unsqueeze(2).to(like.dtype)
+
+
+def compiled_serves(*dtypes: torch.dtype) -> bool:
+    """Whether the C++ kernel knows these dtypes."""
+    return all(dtype in (torch.float32, torch.bfloat16) for dtype in dtypes)
+
+
+def compiled_forward(x, shift, scale, rms, eps, dtype):
+    """The C++ kernel."""
+    x, shift, scale = _rows_together(x), _rows_together(shift), _rows_together(scale)
+    y = x.new_empty(x.shape, dtype=dtype)
+    rstd = x.new_empty(x.shape[:2], dtype=torch.float32)
+    mean = rstd.new_empty(0) if rms else torch.empty_like(rstd)
+    if y.numel():
+        torch.ops.fastvid_cpp.norm_modulate(x, shift, scale, rms, eps, y, mean, rstd)
+    return y, mean, rstd
+
+
+def compiled_backward(dy, x, scale, mean, rstd, rms):
+    """The C++ kernel."""
+    dy, x, scale = _rows_together(dy), _rows_together(x), _rows_together(scale)
+    dx = x.new_empty(x.shape)
+    if not dx.numel():
+        return dx, scale.new_zeros(scale.shape), scale.new_zeros(scale.shape)
+    dshift, dscale = scale.new_empty(scale.shape), scale.new_empty(scale.shape)
+    torch.ops.fastvid_cpp.norm_modulate_backward(dy, x, scale, mean, rstd, rms, dx, dshift, dscale)
+    return dx, dshift, dscale
+
+
+def _rows_together(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

@@ -40,7 +40,7 @@ def _(dy, x, scale, mean, rstd, rms):
 
 @torch.library.impl("fastvid::norm_modulate", "CPU")
 def _(x, shift, scale, rms, eps, dtype):
-    compiled = native.loaded() and cpu.compiled_serves(x, scale, dtype)
+    compiled = native.loaded() and cpu.compiled_serves(x.dtype, scale.dtype, dtype)
     announce("norm_modulate", "C++" if compiled else "PyTorch")
     forward = cpu.compiled_forward if compiled else cpu.forward
     return forward(x, shift, scale, rms, eps, dtype)
@@ -48,7 +48,7 @@ def _(x, shift, scale, rms, eps, dtype):
 
 @torch.library.impl("fastvid::norm_modulate_backward", "CPU")
 def _(dy, x, scale, mean, rstd, rms):
-    compiled = native.loaded() and cpu.compiled_serves(x, scale, dy.dtype)
+    compiled = native.loaded() and cpu.compiled_serves(x.dtype, scale.dtype, dy.dtype)
     announce("norm_modulate_backward", "C++" if compiled else "PyTorch")
     backward = cpu.compiled_backward if compiled else cpu.backward
     return backward(dy, x, scale, mean, rstd, rms)

@@ -1,0 +1,141 @@
+"""Compile every room's `VARIANTS` ahead of time and hold them to a budget. Needs no GPU.
+
+`kernels/<room>/budget.json` keeps, per architecture and variant, the most registers, stack and
+shared memory and the fewest 128-bit loads a compilation may have. Triton versions allocate
+registers differently, so `--update` only widens what is there: delete the file to tighten it.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+KERNELS = Path(__file__).parent.parent / "kernels"
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+UNBUDGETED = ("gfx942",)  # has to compile, nothing more
+MOST = ("registers", "stack", "shared")
+FEWEST = ("wide_loads", "wgmma")
+
+
+def rooms() -> list[str]:
+    """The rooms that have kernels to compile."""
+    return sorted(path.parent.name for path in KERNELS.glob("*/kernel.py"))
+
+
+def variants(room: str) -> list:
+    """The `VARIANTS` of a room."""
+    return importlib.import_module(f"fastvid.kernels.{room}.kernel").VARIANTS
+
+
+def compile_variant(variant, architecture: str):
+    """The compiled kernel, with its assembly at every level in `.asm`."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = variant.kernel.arg_names
+    signature = {
+        name: "constexpr" if name in variant.constants else variant.types[name].split(":")[0]
+        for name in names
+    }
+    multiples = {
+        (i,): [["tt.divisibility", int(variant.types[name].split(":")[1])]]
+        for i, name in enumerate(names)
+        if name not in variant.constants and ":" in variant.types[name]
+    }
+    constants = {name: value for name, value in variant.constants.items() if name in names}
+    source = ASTSource(variant.kernel, signature, constants, multiples)
+    options = {"num_warps": variant.num_warps}
+    if architecture.startswith("gfx"):
+        target = GPUTarget("hip", architecture, 64)
+    else:
+        target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+    return triton.compile(source, target=target, options=options)
+
+
+def resources(compiled) -> dict[str, int]:
+    """What a compilation for an NVIDIA architecture uses, per thread or per program."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", usage)}
+    ptx = compiled.asm["ptx"]
+    return {
+        "registers": found["REG"],
+        "stack": found["STACK"],
+        "shared": compiled.metadata.shared,
+        "wide_loads": len(re.findall(r"ld\.global\S*\.v4\.[bf]32|ld\.global\S*\.v2\.[bf]64", ptx)),
+        "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
+    }
+
+
+def excess(found: dict[str, int], budget: dict[str, int]) -> list[str]:
+    """What is over the budget, in words; empty when nothing is."""
+    over = [f"{key} {found[key]} > {budget[key]}" for key in MOST if found[key] > budget[key]]
+    return over + [
+        f"{key} {found[key]} < {budget[key]}" for key in FEWEST if found[key] < budget[key]
+    ]
+
+
+def widened(found: dict[str, int], budget: dict[str, int] | None) -> dict[str, int]:
+    """The budget that both `found` and whatever `budget` allowed stay within."""
+    if budget is None:
+        return found
+    return {key: (max if key in MOST else min)(found[key], budget[key]) for key in found}
+
+
+def check_room(room: str, architectures: tuple[str, ...], update: bool) -> bool:
+    """Compile a room, print a row per compilation, and say whether all are within budget."""
+    path = KERNELS / room / "budget.json"
+    budgets = json.loads(path.read_text()) if path.exists() else {}
+    good = True
+    for variant in variants(room):
+        for architecture in architectures:
+            start = time.perf_counter()
+            compiled = compile_variant(variant, architecture)
+            seconds = time.perf_counter() - start
+            row = f"{room:<12} {variant.name:<24} {architecture:<7} {seconds:5.1f} s "
+            if architecture in UNBUDGETED:
+                print(row)
+                continue
+            found = resources(compiled)
+            budget = budgets.setdefault(architecture, {}).get(variant.name)
+            if update:
+                budget = budgets[architecture][variant.name] = widened(found, budget)
+            over = excess(found, budget) if budget else ["not in budget.json: --update"]
+            good = good and not over
+            row += "".join(f" {found[key]:>{len(key)}}" for key in (*MOST, *FEWEST))
+            print(row, "; ".join(over), flush=True)
+    if update:
+        path.write_text(json.dumps(budgets, indent=1, sort_keys=True) + "\n")
+    return good
+
+
+def main(argv: list[str]) -> int:
+    """`python -m benchmarks compile`: 0 when everything is within its budget."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks compile", description=__doc__)
+    parser.add_argument("--room", action="append", choices=rooms(), help="default: every room")
+    parser.add_argument("--arch", action="append", choices=(*ARCHITECTURES, *UNBUDGETED))
+    parser.add_argument("--update", action="store_true", help="widen the budgets to what is found")
+    arguments = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET") == "1":  # Triton would not compile in this process
+        os.environ.pop("TRITON_INTERPRET")
+        return subprocess.call([sys.executable, "-m", "benchmarks", "compile", *argv])
+    import triton
+
+    print(f"Triton {triton.__version__}")
+    columns = " ".join((*MOST, *FEWEST))
+    print(f"{'room':<12} {'variant':<24} {'arch':<7} {'time':>7}  {columns}")
+    architectures = tuple(arguments.arch or (*ARCHITECTURES, *UNBUDGETED))
+    chosen = arguments.room or rooms()
+    return 0 if all([check_room(room, architectures, arguments.update) for room in chosen]) else 1
