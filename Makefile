@@ -10,8 +10,6 @@ comma := ,
 EXTRAS := test,dev,train,models,video,metrics,bench$(if $(GPU),,$(comma)triton)
 # Where the CPU build of torch comes from on a machine without a GPU; PyPI's own needs gigabytes.
 TORCH_INDEX ?= $(if $(GPU),,https://download.pytorch.org/whl/cpu)
-# The compiled part is for this machine only; wheels for others are built without this.
-CFLAGS ?= -march=native
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .PHONY: install test demo lint bench clean
@@ -23,7 +21,7 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
 	$(PIP) install --no-deps $(if $(TORCH_INDEX),--retries 1 --extra-index-url $(TORCH_INDEX)) -r constraints.txt
 	$(PIP) install -r constraints.txt
 	$(PIP) install -c constraints.txt "setuptools>=77" wheel ninja
-	CFLAGS="$(CFLAGS)" $(PIP) install -c constraints.txt --no-build-isolation -e ".[$(EXTRAS)]"
+	$(PIP) install -c constraints.txt --no-build-isolation -e ".[$(EXTRAS)]"
 	$(PIP) install --no-deps lpips
 	$(BIN)/python .ci/check_install.py
 	touch $@
@@ -40,7 +38,7 @@ lint: install
 	$(BIN)/mypy fastvid
 
 bench: install
-	$(BIN)/python -m benchmarks $(ARGS)
+	$(BIN)/python -m benchmarks kernels $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info kernels/_shared/*.so

@@ -1,6 +1,6 @@
 """What pyproject.toml cannot say: `kernels/` is `fastvid.kernels`; `csrc/` is built if possible.
 
-FASTVID_CSRC=0 leaves the compiled part out. CFLAGS are honoured: `-march=native` for this machine.
+FASTVID_CSRC=0 leaves the compiled part out.
 """
 
 import os
