@@ -1,4 +1,4 @@
-"""Clips into training: the sets that a config names, and batches that resume where a run stopped."""
+"""The sets of clips that a config names, and batches that go on where a run stopped."""
 
 from __future__ import annotations
 
@@ -27,8 +27,13 @@ class Batch:
     sampler: dict[str, int]
 
 
-def open_sets(data: DataConfig, codec: Codec, seed: int) -> tuple[Dataset, Dataset | None]:
+def open_sets(
+    data: DataConfig, codec: Codec, seed: int, *, fixed: bool = False
+) -> tuple[Dataset, Dataset | None]:
     """Training and validation sets; the second is None where nothing is held out.
+
+    Args:
+        fixed: clips of the training set too lie side by side instead of being drawn.
 
     Raises:
         ValueError: no folder is named, or a set does not fit.
@@ -36,9 +41,9 @@ def open_sets(data: DataConfig, codec: Codec, seed: int) -> tuple[Dataset, Datas
     """
     if not data.train:
         raise ValueError("data.train must name a folder of clips")
-    return {"clips": _clips, "frames": _frames, "cityscapes": _frames, "latents": _latents}[
-        data.kind
-    ](data, codec, seed)
+    if data.kind == "latents":
+        return _latents(data, codec)
+    return (_clips if data.kind == "clips" else _frames)(data, seed, fixed)
 
 
 def batches(
@@ -84,7 +89,7 @@ def to_latents(
     return codec.encode(video, generators=generators)
 
 
-def _clips(data: DataConfig, codec: Codec, seed: int) -> tuple[Dataset, Dataset | None]:
+def _clips(data: DataConfig, seed: int, fixed: bool) -> tuple[Dataset, Dataset | None]:
     from fastvid.data.clips import ClipDataset
     from fastvid.data.split import split_files
     from fastvid.data.video import find_videos
@@ -101,12 +106,14 @@ def _clips(data: DataConfig, codec: Codec, seed: int) -> tuple[Dataset, Dataset 
         "cache": data.cache,
     }
     return (
-        ClipDataset(train, seed=seed, hflip=data.hflip, **same),
+        ClipDataset(train, windows="grid", **same)
+        if fixed
+        else ClipDataset(train, seed=seed, hflip=data.hflip, **same),
         ClipDataset(held, windows="grid", **same) if held else None,
     )
 
 
-def _frames(data: DataConfig, codec: Codec, seed: int) -> tuple[Dataset, Dataset | None]:
+def _frames(data: DataConfig, seed: int, fixed: bool) -> tuple[Dataset, Dataset | None]:
     from fastvid.data.frames import FrameFolderDataset, cityscapes_sequences, frame_folders
 
     find = cityscapes_sequences if data.kind == "cityscapes" else frame_folders
@@ -122,18 +129,20 @@ def _frames(data: DataConfig, codec: Codec, seed: int) -> tuple[Dataset, Dataset
         "fit": data.fit,
     }
     return (
-        FrameFolderDataset(train, seed=seed, hflip=data.hflip, **same),
+        FrameFolderDataset(train, windows="first", **same)
+        if fixed
+        else FrameFolderDataset(train, seed=seed, hflip=data.hflip, **same),
         FrameFolderDataset(held, windows="first", **same) if held else None,
     )
 
 
-def _latents(data: DataConfig, codec: Codec, seed: int) -> tuple[Dataset, Dataset | None]:
+def _latents(data: DataConfig, codec: Codec) -> tuple[Dataset, Dataset | None]:
     from fastvid.data.latents import LatentDataset
 
     train = LatentDataset(data.train, codec=codec.identity)
     held = LatentDataset(data.validation, codec=codec.identity) if data.validation else None
     C, T, H, W = train[0]["latents"].shape
     wanted = (codec.channels, data.frames, *(side // codec.factor for side in data.size))
-    if (C, T, H, W) != wanted:
+    if wanted != (C, T, H, W):
         raise ValueError(f"data.train holds latents (C, T, H, W) = {(C, T, H, W)}, needs {wanted}")
     return train, held

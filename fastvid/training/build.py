@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from fastvid.training.config import DiffusionConfig, TrainConfig
 
 def build_schedule(config: DiffusionConfig) -> schedules.Schedule:
     """The chain that training draws its noise levels from."""
-    makers = {
+    makers: dict[str, Callable[[int], schedules.Schedule]] = {
         "linear": schedules.linear,
         "scaled_linear": schedules.scaled_linear,
         "squared_cosine": schedules.squared_cosine,
@@ -44,11 +45,10 @@ def build_model(config: TrainConfig) -> VDT:
         model = VDT.from_pretrained(model_folder(path))
         if model.config.mode == "image" and config.model.mode == "video":
             model = VDT.from_image(model, frames=config.model.frames)
-    # Training alone reads these; weights fit whatever they are.
-    free = {"drop_labels": config.model.drop_labels, "class_dropout": config.model.class_dropout}
-    if (config.model.class_dropout > 0) != (model.config.class_dropout > 0):
-        del free["class_dropout"]
-    if replace(model.config, **free) != config.model:
+    # Training alone reads these two; weights fit whatever they are.
+    dropout = model.config.class_dropout and (config.model.class_dropout or 0.1)
+    found = replace(model.config, drop_labels=config.model.drop_labels, class_dropout=dropout)
+    if found != config.model:
         raise ValueError(f"weights in {path} are of {model.config}, the run wants {config.model}")
     model.config = config.model
     return model

@@ -6,7 +6,7 @@
         state.json         everything that is no tensor
         manifest.json      size and SHA-256 of each file above, step, world size, versions
 
-A checkpoint is written to `step-00001000.tmp/`, synced, listed in its manifest and then renamed, so a
+A checkpoint is written to `step-00001000.tmp/`, synced, listed in its manifest and then renamed: a
 name without `.tmp` is always complete. torch unpickles such folders without limits; `load_state`
 admits tensors only, and nothing in a planted folder runs.
 """
@@ -95,7 +95,7 @@ def save_state(
         if world.first:
             shutil.rmtree(unfinished, ignore_errors=True)
         raise CheckpointError(
-            f"could not save {final}: it needs {nbytes:,} bytes per process and {_free(folder)} are "
+            f"could not save {final}: it needs {nbytes:,} bytes per process, {_free(folder)} are "
             f"free; older checkpoints are kept ({_cause(error)})"
         ) from error
     return final
@@ -120,14 +120,13 @@ def load_state(
     on_first(world, lambda: verify(path))
     try:
         reader = TensorReader(path)
-        saved = reader.read_metadata().state_dict_metadata
-        wanted = {n: t for n, t in tensors.items() if n in saved or n not in optional}
+        wanted = {n: t for n, t in tensors.items() if n in reader.shapes or n not in optional}
         for name, tensor in wanted.items():
-            if name not in saved:
+            if name not in reader.shapes:
                 raise CheckpointError(f"{path} has no tensor {name}")
-            if saved[name].size != tensor.shape:
+            if (shape := reader.shapes[name]) != tensor.shape:
                 raise CheckpointError(
-                    f"{name} has shape {tuple(saved[name].size)} in {path}, needs {tuple(tensor.shape)}"
+                    f"{name} has shape {tuple(shape)} in {path}, needs {tuple(tensor.shape)}"
                 )
         dcp.load(wanted, storage_reader=reader, no_dist=world.mesh is None)
     except CheckpointError:

@@ -157,7 +157,7 @@ def build_codec(config: CodecConfig) -> Codec:
     )
 
 
-def _load_autoencoder(path: Path):
+def _load_autoencoder(path: Path) -> Any:
     if not (path / "config.json").is_file():
         raise ValueError(
             f"codec path must be a local AutoencoderKL folder with config.json: {path}"
@@ -190,7 +190,8 @@ def _weights_digest(vae: torch.nn.Module) -> str:
 def _expect_video(video: Tensor, factor: int) -> None:
     if video.ndim != 5 or video.shape[1] != 3 or video.shape[3] % factor or video.shape[4] % factor:
         raise ValueError(
-            f"video must be (B, 3, T, H, W), H and W multiples of {factor}, got {tuple(video.shape)}"
+            f"video must be (B, 3, T, H, W), H and W multiples of {factor}, "
+            f"got {tuple(video.shape)}"
         )
 
 

@@ -150,13 +150,14 @@ class OptimConfig:
             raise ValueError("optim.warmup, clip and weight_decay must not be negative")
         if self.batch % self.accumulate:
             raise ValueError(
-                f"optim.batch must be a multiple of accumulate = {self.accumulate}, got {self.batch}"
+                f"optim.batch must be a multiple of accumulate = {self.accumulate}, "
+                f"got {self.batch}"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Where a run lives, how long it takes and what it does on the way. 0 switches an interval off."""
+    """Where a run lives, how long it takes and what it does on the way. An interval of 0 is off."""
 
     folder: str = "runs/vdt"
     """Everything the run writes."""
@@ -235,7 +236,7 @@ def check_latents(config: TrainConfig, channels: int, factor: int) -> None:
 
 def write_config(config: TrainConfig, path: Path) -> None:
     """Write every value as YAML. `read_config` and `fastvid train --config` read it back."""
-    import yaml
+    import yaml  # type: ignore[import-untyped]
 
     text = yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False)
     path.write_text(text, encoding="utf-8")
@@ -250,9 +251,18 @@ def read_config(path: Path) -> TrainConfig:
     import yaml
 
     try:
-        return _from_mapping(TrainConfig, yaml.safe_load(path.read_text(encoding="utf-8")), "")
+        return config_from(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (TypeError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def config_from(values: Mapping[str, Any]) -> TrainConfig:
+    """The config in nested mappings; what they leave out keeps its default.
+
+    Raises:
+        ValueError: a key is unknown, named with its path, or a value is refused.
+    """
+    return _from_mapping(TrainConfig, values, "")
 
 
 def config_hash(config: TrainConfig) -> str:

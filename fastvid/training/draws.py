@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,8 +27,8 @@ class Draws:
     tasks: tuple[str, ...]
 
     def to(self, device: torch.device) -> Draws:
-        moved = (getattr(self, f.name).to(device) for f in fields(self) if f.name != "tasks")
-        return Draws(*moved, self.tasks)
+        index, noise, known = self.index.to(device), self.noise.to(device), self.known.to(device)
+        return Draws(index, noise, known, self.tasks)
 
 
 def generator(seed: int, *name: str | int) -> torch.Generator:
@@ -53,7 +53,7 @@ def draw(
         tasks: weight of each task; each sample draws its own.
         given: number of given frames by task, where it is not the task's own.
     """
-    C, T, H, W = shape
+    _, T, H, W = shape
     samples = []
     for g in generators:
         index = torch.randint(steps, (1,), generator=g)
@@ -77,7 +77,7 @@ def draw_validation(
     Timesteps are spread evenly over the schedule and tasks dealt out in turn, so that two
     validations differ by the model alone.
     """
-    C, T, H, W = shape
+    _, T, H, W = shape
     names = [name for name, weight in tasks.items() if weight > 0]
     samples = []
     for number in numbers:

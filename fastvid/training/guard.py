@@ -55,7 +55,7 @@ def leave_out(
     """Report a step whose update must not happen, and end the run where its policy says so.
 
     Raises:
-        NonFiniteError: the policy is "stop", or more than `skip_limit` steps in a row were left out.
+        NonFiniteError: the policy is "stop", or `skip_limit` steps in a row were left out before.
     """
     state.left_out += 1
     state.left_out_in_row += 1
@@ -74,8 +74,8 @@ def leave_out(
     )
     if run.on_nonfinite == "stop":
         raise NonFiniteError(
-            f"{what}. No weight was updated; earlier checkpoints are sound. Look at the clips named "
-            "above, lower optim.lr, or set run.on_nonfinite to 'skip'"
+            f"{what}. No weight was updated and earlier checkpoints are sound. Look at the clips "
+            "named above, lower optim.lr, or set run.on_nonfinite to 'skip'"
         )
     if state.left_out_in_row > run.skip_limit:
         raise NonFiniteError(f"{what}, and in the {run.skip_limit} steps before: giving up")

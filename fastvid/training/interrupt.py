@@ -20,6 +20,10 @@ class Interrupted(RuntimeError):
     """A signal ended the run early, after its state was saved."""
 
 
+class RunBusyError(RuntimeError):
+    """Another process trains in this folder."""
+
+
 class StopRequest:
     """Whether a signal asked to stop, and which."""
 
@@ -61,7 +65,7 @@ def locked(folder: Path, *, enabled: bool = True) -> Iterator[None]:
     """Hold the run folder's lock; the system lets go of it when the process ends, however it does.
 
     Raises:
-        RuntimeError: another process holds it; names its pid and host.
+        RunBusyError: another process holds it; names its pid and host.
     """
     if not enabled:
         yield
@@ -72,9 +76,10 @@ def locked(folder: Path, *, enabled: bool = True) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise RuntimeError(
-                f"{folder} is being trained already, by {file.read().strip() or 'another process'}; "
-                "wait for it, stop it, or choose another run.folder"
+            owner = file.read().strip() or "another process"
+            raise RunBusyError(
+                f"{folder} is being trained by {owner}; wait for it, stop it, or choose another "
+                "run.folder"
             ) from None
         file.truncate(0)
         file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))

@@ -37,7 +37,7 @@ def train(config: TrainConfig, *, resume: bool = False, stop_at: int = 0) -> Pat
         Interrupted: a signal came, or step `stop_at`; the state was saved first.
         NonFiniteError: NaN or infinity, see `run.on_nonfinite`.
         CheckpointError: the state could not be saved, or no checkpoint is sound.
-        RuntimeError: another process trains in this folder.
+        RunBusyError: another process trains in this folder.
     """
     with (
         join(config.run.device) as world,

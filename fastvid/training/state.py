@@ -18,7 +18,6 @@ from fastvid.training.config import OptimConfig, TrainConfig, config_hash
 from fastvid.training.distributed import World, shard, whole
 from fastvid.training.draws import generator
 
-
 _PLAIN = ("step", "sampler", "left_out", "left_out_in_row", "window", "best")  # kept as JSON
 
 
@@ -35,14 +34,14 @@ class TrainState:
     left_out: int = 0  # updates left out because of NaN or infinity
     left_out_in_row: int = 0
     window: dict[str, float] = field(default_factory=dict)  # sums since the last line of the log
-    best: dict[str, float] = field(default_factory=dict)  # step and loss of the best validation
+    best: dict[str, Any] = field(default_factory=dict)  # step and loss of the best validation
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def note(self, **numbers: float) -> None:
-        """Add the numbers of an updated step to the window that the next line of the log averages."""
+        """Add the numbers of an updated step to what the next line of the log averages."""
         self.left_out_in_row = 0
         for name, value in (*numbers.items(), ("steps", 1)):
             self.window[name] = self.window.get(name, 0) + value

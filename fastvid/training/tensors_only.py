@@ -8,18 +8,18 @@ writer refuses to produce them.
 from __future__ import annotations
 
 import pickle
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, SavePlan, SavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import WriteItemType
 
 _METADATA = "torch.distributed.checkpoint.metadata"
-_DTYPES = (
-    "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 "
-    "int64 int32 int16 int8 uint8 bool complex64"
-).split()
+_FLOATS = ("float64", "float32", "float16", "bfloat16")
+_WHOLES = ("int64", "int32", "int16", "int8", "uint8", "bool")
 _ALLOWED = {
     *((_METADATA, name) for name in ("Metadata", "MetadataIndex", "StorageMeta")),
     *((_METADATA, name) for name in ("TensorStorageMetadata", "ChunkStorageMetadata")),
@@ -27,7 +27,7 @@ _ALLOWED = {
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
-    *(("torch", name) for name in _DTYPES),
+    *(("torch", name) for name in _FLOATS + _WHOLES),
 }
 
 
@@ -44,6 +44,12 @@ class TensorReader(FileSystemReader):
     Raises:
         pickle.UnpicklingError: the folder holds anything more, or points outside itself.
     """
+
+    @cached_property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Shape of every tensor in the folder."""
+        entries = self.read_metadata().state_dict_metadata
+        return {n: e.size for n, e in entries.items() if isinstance(e, TensorStorageMetadata)}
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with open(Path(self.path) / ".metadata", "rb") as file:

@@ -1,4 +1,4 @@
-"""Validation: the loss and a quick PSNR on held-out clips, with noise and tasks that never change."""
+"""Validation: loss and a quick PSNR on held-out clips, with noise and tasks that never change."""
 
 from __future__ import annotations
 
