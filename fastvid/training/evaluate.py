@@ -1,0 +1,255 @@
+"""Score a model on held-out clips, always beside the trivial rivals.
+
+One sample pays up to 3 dB against the mean of what may follow, so each table holds both: a single
+sample, and estimates of that mean (one-step x0, mean of several samples).
+"""
+
+import inspect
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fastvid.diffusion.process import Prediction
+from fastvid.diffusion.sampling import Model, one_step_x0, sample_ddim
+from fastvid.diffusion.schedule import Schedule, respace
+from fastvid.diffusion.tasks import task_known
+from fastvid.metrics import FVD, copy_nearest, linear_blend, psnr, ssim
+from fastvid.metrics.baselines import expand_known
+from fastvid.training.codec import Codec
+from fastvid.training.draws import generator
+
+Metric = Callable[[Tensor, Tensor], Tensor]  # (B, 3, T, H, W) pair in [0, 1] -> (B, T)
+
+
+class Clips(Protocol):
+    """A tensor of clips, a list or a dataset."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, place: int, /) -> Any: ...
+
+
+ROWS = {
+    "sample": "model, one sample",
+    "one_step_mean": "model, mean by one step",
+    "sample_mean": "model, mean of samples",
+    "copy_nearest": "copy nearest given",
+    "linear_blend": "blend given",
+}
+MAX_STEPS = 50  # DDIM steps unless told otherwise
+
+
+def to_unit(video: Tensor) -> Tensor:
+    """Video in [-1, 1], clamped, to [0, 1], which the metrics take."""
+    return (video.float().clamp(-1, 1) + 1) / 2
+
+
+@torch.no_grad()
+def evaluate(
+    model: Model,
+    codec: Codec,
+    schedule: Schedule,
+    clips: Clips,
+    *,
+    task: str,
+    prediction: Prediction,
+    given: int | None = None,
+    steps: int | str | None = None,
+    samples: int = 8,
+    seed: int = 0,
+    metrics: Mapping[str, Metric] | None = None,
+    fvd: FVD | None = None,
+    clip: float | None = None,
+    batch: int = 8,
+    device: str | torch.device = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Sample every clip by DDIM from its given frames and compare with the truth.
+
+    Rows of the result: `sample` (one sample), `one_step_mean` (x0 from one call at pure noise;
+    left out for a noise prediction, which does not determine it), `sample_mean` (mean of
+    `samples` of them, if more than 1), and the rivals `copy_nearest` and `linear_blend`.
+    Frames that are given as a whole do not count; given pixels are the truth in every row.
+    The noise of a clip depends on its place and `seed` alone, not on `batch`.
+
+    Args:
+        model: in eval mode, on `device`; called as the samplers do.
+        codec: `encode` and `decode`, on `device`.
+        schedule: the chain the model was trained on.
+        clips: (N, 3, T, H, W) in [-1, 1], or a sequence (a dataset) of clips (3, T, H, W) or of
+            mappings with such a "video".
+        task, given: as in `task_known`. "unconditional" needs `fvd` and has the `sample` row alone.
+        prediction: "eps", "v" or "x0".
+        steps: as in `respace`; None takes 50, or the whole of a shorter chain.
+        clip: bound of |x0| while sampling, in latents.
+        samples: per clip; 1 leaves `sample_mean` out.
+        metrics: name -> function of (video, target) in [0, 1] that returns (B, T); None takes
+            PSNR and SSIM.
+        fvd: whole clips are scored with it, given frames included.
+        batch: clips at a time.
+        progress: called with (model calls done, all) while sampling.
+    Returns:
+        `{"rows": {row: {metric: mean, "fvd": value}}, "clips": N, "frames": scored ones,
+        "task", "given", "sampler", "steps", "samples", "seed", "definitions"}`, ready for JSON.
+    Raises:
+        ValueError, TypeError: an argument is not as above.
+    """
+    _check(model, clips, task, samples, batch, fvd)
+    paired = task != "unconditional"
+    samples = samples if paired else 1
+    metrics = ({"psnr": psnr, "ssim": ssim} if metrics is None else metrics) if paired else {}
+    chain = respace(schedule, min(MAX_STEPS, len(schedule)) if steps is None else steps)
+    starts = range(0, len(clips), batch)
+    tick = _ticker(progress, len(starts) * samples * len(chain))
+
+    scores: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
+    features: dict[str, list[Tensor]] = defaultdict(list)
+    scored: list[Tensor] = []
+    for start in starts:
+        places = range(start, min(start + batch, len(clips)))
+        video = torch.stack([_video(clips[place]) for place in places]).to(device)
+        target = to_unit(video)
+        if fvd is not None:
+            features["target"].append(fvd.features(target))
+
+        latents = codec.encode(video, generators=[generator(seed, "codec", i) for i in places])
+        known = torch.cat([_draw_known(task, latents, given, seed, i) for i in places]).to(device)
+        scored.append(~(known if known.ndim == 2 else known.all(dim=(2, 3))).cpu())
+
+        cells: dict[str, Any] = {"known": known, "clean": latents, "prediction": prediction}
+        noises = (_noise(latents, seed, places, sample) for sample in range(samples))
+        draws = (
+            to_unit(codec.decode(sample_ddim(model, x, chain, **cells, clip=clip, progress=tick)))
+            for x in noises
+        )
+        rows = {"sample": next(draws)}
+        if paired:
+            if prediction != "eps":
+                x = _noise(latents, seed, places, 0)
+                rows["one_step_mean"] = to_unit(
+                    codec.decode(one_step_x0(model, x, schedule, **cells))
+                )
+            if samples > 1:
+                rows["sample_mean"] = sum(draws, rows["sample"]) / samples
+            rows["copy_nearest"] = copy_nearest(target, known)
+            rows["linear_blend"] = linear_blend(target, known)
+        for row, made in rows.items():
+            made = torch.where(expand_known(known, video), target, made)
+            for name, metric in metrics.items():
+                scores[row][name].append(metric(made, target).double().cpu())
+            if fvd is not None:
+                features[row].append(fvd.features(made))
+
+    counts = torch.cat(scored)
+    table: dict[str, dict[str, float]] = {
+        row: {name: torch.cat(parts)[counts].mean().item() for name, parts in by_name.items()}
+        for row, by_name in scores.items()
+    }
+    definitions = {name: _definition(metric) for name, metric in metrics.items()}
+    if fvd is not None:
+        real = torch.cat(features.pop("target"))
+        for row, parts in features.items():
+            table.setdefault(row, {})["fvd"] = float(fvd.score(real, torch.cat(parts))["fvd"])
+        definitions["fvd"] = f"{fvd.definition}, N={len(clips)}"
+    return {
+        "rows": table,
+        "clips": len(clips),
+        "frames": int(counts.sum()),
+        "task": task,
+        "given": given,
+        "sampler": "ddim",
+        "steps": len(chain),
+        "samples": samples,
+        "seed": seed,
+        "definitions": definitions,
+    }
+
+
+def format_table(result: Mapping[str, Any]) -> str:
+    """The rows of `evaluate` as text, one line each."""
+    columns = list(next(iter(result["rows"].values())))
+    places = {"psnr": ".2f", "ssim": ".4f", "lpips": ".4f", "fvd": ".1f"}
+    lines = [f"{'':24}" + "".join(f"{name.upper():>10}" for name in columns)]
+    for row, values in result["rows"].items():
+        cells = (format(values[name], places.get(name, ".4g")) for name in columns)
+        lines.append(f"{ROWS[row]:24}" + "".join(f"{cell:>10}" for cell in cells))
+    lines.append(
+        f"{result['task']}: {result['clips']} clips, {result['frames']} frames scored, "
+        f"{result['sampler']} {result['steps']} steps, {result['samples']} samples per clip"
+    )
+    return "\n".join(lines)
+
+
+def write_json(result: Mapping[str, Any], path: str | Path) -> None:
+    """Write `result` whole or not at all: a temporary file in the same folder, then a rename."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(result, indent=2) + "\n"
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _check(
+    model: Model, clips: Clips, task: str, samples: int, batch: int, fvd: FVD | None
+) -> None:
+    if getattr(model, "training", False):
+        raise ValueError("model must be in eval mode, got one in training mode: call model.eval()")
+    for name, value in (("samples", samples), ("batch", batch), ("clips", len(clips))):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if task == "unconditional" and fvd is None:
+        raise ValueError("task 'unconditional' has no true continuation: only fvd can score it")
+
+
+def _draw_known(task: str, latents: Tensor, given: int | None, seed: int, place: int) -> Tensor:
+    """(1, T) or (1, T, H, W) with something given, where the task gives anything at all."""
+    drawn = generator(seed, "known", place)
+    while True:
+        known = task_known(task, *latents.shape[2:], given=given, generator=drawn)
+        if known.any() or task == "unconditional":
+            return known
+
+
+def _noise(latents: Tensor, seed: int, places: Iterable[int], sample: int) -> Tensor:
+    """(B, C, T, H, W) noise that belongs to each clip's place and the number of the sample."""
+    shape = latents.shape[1:]
+    drawn = [torch.randn(shape, generator=generator(seed, "noise", i, sample)) for i in places]
+    return torch.stack(drawn).to(latents)
+
+
+def _video(clip: Any) -> Tensor:
+    if isinstance(clip, Mapping):
+        if "video" not in clip:
+            raise ValueError(f"clips must hold a 'video', got only {', '.join(map(str, clip))}")
+        return clip["video"]
+    return clip
+
+
+def _definition(metric: Metric) -> str:
+    stated = getattr(metric, "definition", None)
+    return stated or (inspect.getdoc(metric) or "").partition("\n")[0]
+
+
+def _ticker(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int, int], None]:
+    """Turn "steps of this sampling" into "model calls of the whole evaluation"."""
+    done = 0
+
+    def tick(_step: int, _steps: int) -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, total)
+
+    return tick
