@@ -6,40 +6,73 @@ heads are the heads; over frames the batch is B and every (token, head) pair is 
 The attention writes its output in the same layout, so that nothing is ever transposed in memory.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvid.modules.linear import Cheap, linear, linear_parts
 
-class Attention(nn.Module):
-    """Softmax attention with a packed qkv projection, rows ordered q, k, v, then head."""
+
+class SpatialAttention(nn.Module):
+    """Every frame attends to itself: B * T sequences of N tokens. (B, T, N, D) to the same."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)  # rows ordered q, k, v, then head
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor | Cheap) -> Tensor:
+        q, k, v = linear_parts(x, self.qkv.weight, self.qkv.bias, 3)
+        B, T, N, D = q.shape
+        out = _attend(q, k, v, (B * T, N, self.heads, D // self.heads))
+        return linear(out, self.proj.weight, self.proj.bias)
+
+
+class TemporalAttention(nn.Module):
+    """Every token attends to itself at all times: B * N sequences of T. (B, T, N, D) to the same.
+
+    A second linear layer `fc` follows the projection. Both are one product where that is cheaper,
+    and for good after `fold`.
+    """
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
+        self.fc: nn.Linear | None = nn.Linear(dim, dim)
 
-    def _attend(self, x: Tensor, split: tuple[int, ...]) -> Tensor:
-        weights, biases = self.qkv.weight.chunk(3), self.qkv.bias.chunk(3)
-        q, k, v = (
-            F.linear(x, weight, bias).view(split).transpose(1, 2)
-            for weight, bias in zip(weights, biases, strict=True)
-        )
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(out.transpose(1, 2).reshape(x.shape))
+    def forward(self, x: Tensor | Cheap) -> Tensor:
+        q, k, v = linear_parts(x, self.qkv.weight, self.qkv.bias, 3)
+        B, T, N, D = q.shape
+        out = _attend(q, k, v, (B, T, N * self.heads, D // self.heads))
+        if self.fc is not None and B * T * N > D:
+            return linear(out, *self._both())
+        out = linear(out, self.proj.weight, self.proj.bias)
+        return out if self.fc is None else linear(out, self.fc.weight, self.fc.bias)
+
+    def _both(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of `fc` after `proj`: D^3 to make, one D^2 per token less to apply."""
+        assert self.fc is not None
+        weight = self.fc.weight @ self.proj.weight
+        return weight, torch.mv(self.fc.weight, self.proj.bias) + self.fc.bias
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Make `fc` part of `proj`. For inference: the two can not be told apart again."""
+        if self.fc is None:
+            return
+        dtype = self.fc.weight.dtype
+        self.double()
+        weight, bias = self._both()
+        self.to(dtype)
+        self.proj.weight.copy_(weight)
+        self.proj.bias.copy_(bias)
+        self.fc = None
 
 
-class SpatialAttention(Attention):
-    """Every frame attends to itself: T * B sequences of N tokens. (B, T, N, D) -> same."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        B, T, N, D = x.shape
-        return self._attend(x, (B * T, N, self.heads, D // self.heads))
-
-
-class TemporalAttention(Attention):
-    """Every token attends to itself at all times: B * N sequences of T. (B, T, N, D) -> same."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        B, T, N, D = x.shape
-        return self._attend(x, (B, T, N * self.heads, D // self.heads))
+def _attend(q: Tensor, k: Tensor, v: Tensor, split: tuple[int, int, int, int]) -> Tensor:
+    """(B, T, N, D) each, `split` as (sequences, length, heads, E), to (B, T, N, D)."""
+    heads = (part.view(split).transpose(1, 2) for part in (q, k, v))
+    return F.scaled_dot_product_attention(*heads).transpose(1, 2).reshape(q.shape)

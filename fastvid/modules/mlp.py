@@ -1,7 +1,8 @@
 """The feed-forward half of a transformer block."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fastvid.modules.linear import Cheap, linear, linear_gelu
 
 
 class MLP(nn.Module):
@@ -12,5 +13,6 @@ class MLP(nn.Module):
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+    def forward(self, x: Tensor | Cheap) -> Tensor:
+        hidden = linear_gelu(x, self.fc1.weight, self.fc1.bias)
+        return linear(hidden, self.fc2.weight, self.fc2.bias)

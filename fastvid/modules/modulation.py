@@ -1,19 +1,36 @@
 """adaLN on video tokens: modulation before a branch, the gated residual after it."""
 
+from functools import partial
+
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from fastvid.functional import norm_modulate
+from fastvid.modules.linear import Cheap
 
 
-def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Cheap:
     """LayerNorm without parameters, then `* (1 + scale) + shift`.
 
     Args:
         x: (B, T, N, D) tokens.
         shift, scale: (B, D), or (1, D) when all samples share them.
     """
+    return Cheap(_modulated, (x, shift, scale))
+
+
+def normed(x: Tensor, norm: nn.LayerNorm) -> Cheap:
+    """The affine LayerNorm `norm` of x (..., D)."""
+    return Cheap(partial(_normed, eps=norm.eps), (x, norm.weight, norm.bias))
+
+
+def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return norm_modulate(x.flatten(1, 2), shift, scale).view(x.shape)
+
+
+def _normed(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor:
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
 def gated_residual(x: Tensor, branch: Tensor, gate: Tensor | None = None) -> Tensor:
