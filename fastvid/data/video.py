@@ -396,10 +396,8 @@ def _open(path: str, max_pixels: int) -> Any:
         "protocol_whitelist": "file",
         "max_pixels": str(max_pixels),
     }
-    # "file:" keeps a name such as "concat:a|b" a name; metadata may hold any bytes.
-    url = f"file:{os.path.abspath(path)}"
-    try:
-        return av.open(url, options=options, metadata_errors="ignore")
+    try:  # metadata may hold any bytes; an absolute path is never taken for a protocol
+        return av.open(os.path.abspath(path), options=options, metadata_errors="ignore")
     except av.ArgumentError as error:  # the answer of the format list
         raise VideoError(path, f"is none of the formats {_FORMATS}") from error
 
