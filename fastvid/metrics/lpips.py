@@ -33,7 +33,7 @@ class LPIPS(nn.Module):
         chunk: pairs of frames per forward; bounds memory, does not change the result.
     Raises:
         FileNotFoundError: a file is not there; says which and where it comes from.
-        ValueError: a key is missing, or a size is another network's.
+        ValueError: a file is damaged, a key is missing, or a size is another network's.
     Source: Zhang et al., arXiv:1801.03924, version 0.1.
     """
 
@@ -141,7 +141,13 @@ def _read(source: str | Path | StateDict, what: str) -> StateDict:
     path = Path(source)
     if not path.is_file():
         raise FileNotFoundError(f"LPIPS {what}: no file at {path}; nothing is downloaded")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file, or one with code in it, fails in many ways
+        raise ValueError(f"LPIPS {what}: {path} is no readable weight file: {error}") from error
+    if not isinstance(state, Mapping):
+        raise ValueError(f"LPIPS {what}: {path} holds {type(state).__name__}, not a state dict")
+    return state
 
 
 def _fill(module: nn.Module, state: StateDict, prefix: str) -> None:

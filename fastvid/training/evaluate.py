@@ -146,15 +146,15 @@ def evaluate(
                 features[row].append(fvd.features(made))
 
     counts = torch.cat(scored)
-    table: dict[str, dict[str, float]] = {
-        row: {name: torch.cat(parts)[counts].mean().item() for name, parts in by_name.items()}
-        for row, by_name in scores.items()
-    }
+    table: dict[str, dict[str, float]] = {row: {} for row in rows}
+    for row, by_name in scores.items():
+        for name, parts in by_name.items():
+            table[row][name] = torch.cat(parts)[counts].mean().item()
     definitions = {name: _definition(metric) for name, metric in metrics.items()}
     if fvd is not None:
-        real = torch.cat(features.pop("target"))
-        for row, parts in features.items():
-            table.setdefault(row, {})["fvd"] = float(fvd.score(real, torch.cat(parts))["fvd"])
+        for row in table:
+            value = fvd.score(torch.cat(features["target"]), torch.cat(features[row]))["fvd"]
+            table[row]["fvd"] = float(value)
         definitions["fvd"] = f"{fvd.definition}, N={len(clips)}"
     return {
         "rows": table,

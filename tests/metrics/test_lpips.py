@@ -102,7 +102,7 @@ def test_a_pickle_with_code_is_not_run(tmp_path):
             return (open, (str(tmp_path / "ran"), "w"))
 
     torch.save({"features.0.weight": Planted()}, tmp_path / "alexnet.pth")
-    with pytest.raises(Exception, match="weights_only"):
+    with pytest.raises(ValueError, match=r"alexnet\.pth is no readable weight file"):
         LPIPS(tmp_path / "alexnet.pth", heads=random_heads("alex"))
     assert not (tmp_path / "ran").exists()
 
@@ -133,6 +133,18 @@ class TestRefusals:
     def test_missing_file(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"alexnet-owt-7be5be79\.pth.*nothing"):
             LPIPS(tmp_path / "nowhere.pth", heads=random_heads("alex"))
+
+    def test_damaged_file(self, tmp_path):
+        torch.save(random_backbone("alex"), tmp_path / "alexnet.pth")
+        content = (tmp_path / "alexnet.pth").read_bytes()
+        (tmp_path / "alexnet.pth").write_bytes(content[: len(content) // 2])
+        with pytest.raises(ValueError, match=r"alexnet\.pth is no readable weight file"):
+            LPIPS(tmp_path / "alexnet.pth", heads=random_heads("alex"))
+
+    def test_file_with_something_else(self, tmp_path):
+        torch.save([torch.zeros(2)], tmp_path / "list.pth")
+        with pytest.raises(ValueError, match="holds list, not a state dict"):
+            LPIPS(tmp_path / "list.pth", heads=random_heads("alex"))
 
     def test_weights_of_the_other_network(self):
         with pytest.raises(ValueError, match=r"(?s)features.*Missing key"):
