@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
+from fastvid.diffusion.losses import diffusion_loss
 from fastvid.diffusion.process import predict_eps, predict_x0
 from fastvid.diffusion.sampling import (
     draw_noise,
@@ -362,3 +363,25 @@ def test_nonsense_is_refused_by_name(rand):
         ddim_step(noise, noise, 3, schedule, eta=0.5)
     with pytest.raises(ValueError, match=r"index must be in \[-1, 5\), got 5"):
         ddim_inverse_step(noise, noise, 5, schedule)
+
+
+@pytest.mark.gpu
+def test_no_step_waits_for_the_device(rand):
+    noise, clean = rand(*SHAPE), rand(*SHAPE)
+    known = torch.tensor([[True, False, False, False]], device=noise.device)
+    schedule = respace(CHAIN, 6)
+
+    def run():
+        for generator in (None, seeded([1, 2]), seeded([1, 2], noise.device)):
+            given = {"known": known, "clean": clean, "generator": generator}
+            sample_ddpm(doubled, noise, schedule, **given)
+            sample_ddim(doubled, noise, schedule, eta=0.5, **given)
+        index = torch.full((2,), 5, device=noise.device)
+        diffusion_loss(doubled, clean, index, noise, schedule, known=known)
+
+    run()  # the first moves the tables
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

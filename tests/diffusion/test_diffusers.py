@@ -1,0 +1,132 @@
+"""Our schedules and steps against diffusers' schedulers, wherever that library is installed."""
+
+import itertools
+
+import pytest
+import torch
+
+from fastvid.diffusion.process import add_noise, target_of
+from fastvid.diffusion.schedule import (
+    linear,
+    rescale_zero_terminal_snr,
+    respace,
+    scaled_linear,
+    squared_cosine,
+)
+from fastvid.diffusion.steps import ddim_step, ddpm_step
+
+diffusers = pytest.importorskip("diffusers")
+
+NAMES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
+SHAPE = (2, 3, 4, 6, 6)
+LATENT = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+CHAINS = {
+    "linear": (linear(), {"beta_schedule": "linear"}),
+    "scaled-linear": (scaled_linear(), LATENT),
+    "cosine": (squared_cosine(), {"beta_schedule": "squaredcos_cap_v2"}),
+    "zero-snr": (
+        rescale_zero_terminal_snr(scaled_linear()),
+        {**LATENT, "rescale_betas_zero_snr": True},
+    ),
+}
+chains = pytest.mark.parametrize(("chain", "options"), CHAINS.values(), ids=CHAINS)
+SPACINGS = [(50, "leading"), (25, "trailing"), (10, "trailing"), (1000, "leading")]
+
+
+def close(ours, theirs):
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6, check_dtype=False)
+
+
+def rival(kind, chain, options, **more):
+    """Their scheduler with our fp64 tables for its fp32 ones: the formulas are compared."""
+    scheduler = kind(**options, **more)
+    scheduler.betas = chain.betas
+    scheduler.alphas = 1 - chain.betas
+    scheduler.alphas_cumprod = chain.alphas_cumprod
+    return scheduler
+
+
+@chains
+def test_betas(chain, options):
+    theirs = diffusers.DDIMScheduler(**options)
+    close(chain.alphas_cumprod, theirs.alphas_cumprod)
+    if chain.terminal_snr:
+        close(chain.betas, theirs.betas)
+
+
+def test_zero_terminal_snr():
+    # Called with fp64: in fp32, as their scheduler calls it, the last ratios lose six digits.
+    rescale = diffusers.schedulers.scheduling_ddim.rescale_zero_terminal_snr
+    close(CHAINS["zero-snr"][0].betas, rescale(scaled_linear().betas))
+
+
+@chains
+def test_noising_and_velocity(rand, chain, options):
+    theirs = rival(diffusers.DDPMScheduler, chain, options)
+    x0, noise = rand(*SHAPE, dtype=torch.float64).cpu(), rand(*SHAPE, dtype=torch.float64).cpu()
+    index = torch.tensor([7, 900])
+    close(add_noise(x0, noise, index, chain), theirs.add_noise(x0, noise, index))
+    close(target_of(x0, noise, index, chain, "v"), theirs.get_velocity(x0, noise, index))
+
+
+@pytest.mark.parametrize(("steps", "spacing"), SPACINGS)
+def test_timesteps(steps, spacing):
+    theirs = diffusers.DDIMScheduler(timestep_spacing=spacing)
+    theirs.set_timesteps(steps)
+    assert torch.equal(
+        respace(linear(), steps, spacing=spacing).timestep_map.flip(0), theirs.timesteps
+    )
+
+
+def cases(chain):
+    """Every prediction, clipped or not, in the middle and at both ends of a chain."""
+    for prediction, clip, (steps, spacing) in itertools.product(NAMES, (None, 0.9), SPACINGS):
+        schedule = respace(chain, steps, spacing=spacing)
+        # At zero SNR noise says nothing of the data.
+        last = steps - 1 - (prediction == "eps" and schedule.terminal_snr == 0)
+        settings = {
+            "prediction_type": NAMES[prediction],
+            "timestep_spacing": spacing,
+            "clip_sample": clip is not None,
+            "clip_sample_range": clip or 1.0,
+        }
+        for index in (0, 1, steps // 2, last):
+            yield schedule, index, {"prediction": prediction, "clip": clip}, settings
+
+
+@chains
+def test_ddim_steps(rand, chain, options):
+    x, output, noise = (rand(*SHAPE, dtype=torch.float64).cpu() for _ in range(3))
+    for schedule, index, kwargs, settings in cases(chain):
+        theirs = rival(diffusers.DDIMScheduler, chain, options, **settings)
+        theirs.set_timesteps(len(schedule))
+        for eta in (0.0, 0.6):
+            expected = theirs.step(
+                output,
+                int(schedule.timestep_map[index]),
+                x,
+                eta=eta,
+                variance_noise=noise,
+                use_clipped_model_output=True,  # its default keeps the unclipped noise direction
+            ).prev_sample
+            close(ddim_step(output, x, index, schedule, noise=noise, eta=eta, **kwargs), expected)
+
+
+@chains
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
+def test_ancestral_steps(rand, chain, options, variance):
+    channels = SHAPE[1] * (2 if variance == "learned_range" else 1)
+    x = rand(*SHAPE, dtype=torch.float64).cpu()
+    output = rand(SHAPE[0], channels, *SHAPE[2:], dtype=torch.float64).cpu()
+    noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    fixed = "large" if variance == "fixed_large" else "small"
+    for schedule, index, kwargs, settings in cases(chain):
+        timestep = int(schedule.timestep_map[index])
+        if index == 0 and timestep > 0:
+            continue  # theirs adds noise to the last step of such a chain; ours never does
+        theirs = rival(diffusers.DDPMScheduler, chain, options, variance_type=variance, **settings)
+        theirs.set_timesteps(len(schedule))
+        generator = torch.Generator().manual_seed(1)
+        expected = theirs.step(output, timestep, x, generator=generator).prev_sample
+        ours = ddpm_step(output, x, index, schedule, noise=noise, fixed_variance=fixed, **kwargs)
+        close(ours, expected)
