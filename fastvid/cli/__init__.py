@@ -7,6 +7,7 @@ import ast
 import difflib
 import importlib
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,7 +41,10 @@ def verbs() -> dict[str, str]:
 def usage() -> str:
     from fastvid import __version__
 
-    lines = [f"  {name:10}{line}" for name, line in verbs().items()]
+    lines = [
+        textwrap.fill(line, 100, initial_indent=f"  {name:10}", subsequent_indent=" " * 12)
+        for name, line in verbs().items()
+    ]
     return "\n".join(
         [
             f"fastvid {__version__}: custom kernels for efficient video diffusion",
@@ -87,8 +91,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         remedy = f"pip install 'fastvid[{extra}]'"
         print(f"fastvid {verb}: {error.name} is not installed: {remedy}", file=sys.stderr)
         return 1
-    except (ValueError, OSError, NotImplementedError) as error:
-        if traceback:
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        if traceback or not _is_for_the_user(error):
             raise
         print(f"fastvid {verb}: {error}", file=sys.stderr)
         return 1
+
+
+def _is_for_the_user(error: Exception) -> bool:
+    """What this package says itself, or the system of a file; other errors keep their traceback."""
+    place = error.__traceback__
+    while place and place.tb_next:
+        place = place.tb_next
+    raised_in = place.tb_frame.f_globals.get("__name__", "") if place else ""
+    return isinstance(error, OSError) or raised_in.partition(".")[0] == "fastvid"
