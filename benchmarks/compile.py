@@ -137,5 +137,7 @@ def main(argv: list[str]) -> int:
     columns = " ".join((*MOST, *FEWEST))
     print(f"{'room':<12} {'variant':<24} {'arch':<7} {'time':>7}  {columns}")
     architectures = tuple(arguments.arch or (*ARCHITECTURES, *UNBUDGETED))
-    chosen = arguments.room or rooms()
-    return 0 if all([check_room(room, architectures, arguments.update) for room in chosen]) else 1
+    within = [
+        check_room(room, architectures, arguments.update) for room in arguments.room or rooms()
+    ]
+    return 0 if all(within) else 1

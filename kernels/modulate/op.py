@@ -111,7 +111,8 @@ def norm_modulate(
     Source: Peebles & Xie, arXiv:2212.09748, adaLN-Zero block.
     """
     sizes = expect_shape("x", x, "B N D")
-    layout = "B|1 D" if shift.dim() == 2 else "B|1 T D"
+    grouped = isinstance(shift, Tensor) and shift.dim() == 3
+    layout = "B|1 T D" if grouped else "B|1 D"
     sizes = expect_shape("shift", shift, layout, sizes)
     expect_shape("scale", scale, layout, sizes)
     if scale.shape != shift.shape or scale.dtype != shift.dtype:
@@ -133,6 +134,5 @@ def norm_modulate(
 
 def _result_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast and x.dtype != torch.float64 else x.dtype
