@@ -42,6 +42,7 @@ def build(kind, source, out):
 @pytest.fixture(scope="session")
 def shipped(tmp_path_factory):
     """A wheel from a copy of the tree, an sdist of it, and the wheel built from that sdist."""
+    pytest.importorskip("setuptools", minversion="77")
     folder = tmp_path_factory.mktemp("shipped")
     tree = folder / "tree"
     junk = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
@@ -163,3 +164,46 @@ print("heavy:", [name for name in sys.argv[2:] if name in sys.modules], status)
 
 def test_help_is_light(site, tmp_path):
     assert "heavy: [] 0" in python(HELP, site, *HEAVY, cwd=tmp_path)
+
+
+@pytest.fixture
+def check_install(tmp_path):
+    """Run `.ci/check_install.py` with one more distribution installed, or another torch pinned."""
+
+    def run(distribution=None, torch_pin=None):
+        import torch
+
+        pin = torch_pin or torch.__version__.partition("+")[0]
+        (tmp_path / "constraints.txt").write_text(f"# pinned\ntorch=={pin}\n")
+        if distribution:
+            folder = tmp_path / f"{distribution.replace('-', '_')}-1.0.dist-info"
+            folder.mkdir()
+            (folder / "METADATA").write_text(f"Name: {distribution}\nVersion: 1.0\n")
+        return subprocess.run(
+            [sys.executable, ROOT / ".ci/check_install.py"],
+            cwd=tmp_path,
+            env={"PYTHONPATH": str(tmp_path), "PATH": ""},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run
+
+
+@pytest.mark.parametrize("distribution", ["torchvision", "nvidia-cublas", "nvidia-nccl-cu13"])
+def test_check_of_the_installation_finds_what_nothing_may_need(check_install, distribution):
+    run = check_install(distribution)
+    assert run.returncode == 1
+    assert distribution in run.stderr
+
+
+def test_check_of_the_installation_finds_a_replaced_torch(check_install):
+    run = check_install(torch_pin="0.0.1")
+    assert run.returncode == 1
+    assert "constraints.txt says 0.0.1" in run.stderr
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="CUDA packages belong here")
+def test_check_of_the_installation_passes_here(check_install):
+    assert check_install("nvidia-ml-py").returncode == 0
