@@ -51,11 +51,11 @@ def main(argv: Sequence[str]) -> int:
     jobs = [(clip, seed) for clip in clips for seed in _seeds(options)]
     batches = [jobs[i : i + options.batch] for i in range(0, len(jobs), options.batch)]
     out = Path(options.out or Path(options.run) / "samples")
-    with tqdm(total=1, unit="step", desc=options.task) as bar:
+    with tqdm(unit="step", desc=options.task, disable=None) as bar:  # None: only on a terminal
 
         def progress(done: int, total: int) -> None:
             bar.total = total * len(batches)
-            bar.update(1)
+            bar.update()
 
         for jobs_together in batches:
             video = [clip.video for clip, _ in jobs_together]
@@ -79,8 +79,8 @@ def main(argv: Sequence[str]) -> int:
             for (clip, seed), video_made, known in zip(jobs_together, *made, strict=True):
                 name = f"{clip.name}-{options.task}-seed{seed}"
                 _write(out / name, clip, video_made, known, f"{options.task}, seed {seed}")
-                bar.write(str(out / f"{name}.mp4"))
-    print(f"{len(jobs)} clips of {frames} frames in {out}: MP4, GIF and contact sheet of each")
+                print(out / name)
+    print(f"{len(jobs)} clips of {frames} frames: .mp4, .gif and contact sheet .png of each")
     return 0
 
 

@@ -79,18 +79,24 @@ def sample_task(
         if video is None or video.shape[2] < needed:
             have = 0 if video is None else video.shape[2]
             raise ValueError(f"video must hold the first {needed} frames for {task}, got {have}")
-        latents[:, :, :needed] = codec.encode(video[:, :, :needed].to(like.device))
+        latents[:, :, :needed] = codec.encode(
+            video[:, :, :needed].to(like.device), generators=[generator(s, "codec") for s in seeds]
+        )
 
     window = min(T, model.config.frames)
     from_end = task == _BACKWARD
     if overlap is None:
-        overlap = min(_run(known.flip(1) if from_end else known), window - 1)
-    starts = window_starts(T, window, max(overlap, 1), from_end=from_end)
+        overlap = max(1, min(_run(known.flip(1) if from_end else known), window - 1))
+    starts = window_starts(T, window, overlap, from_end=from_end)
     chain = respace(schedule, steps)
-    done = known.to(like.device)
+    done = known.to(like.device, copy=True)
     for number, start in enumerate(starts):
         part = slice(start, start + window)
-        noise = [_randn((C, window, H, W), generator(s, "noise", start)) for s in seeds]
+        if done[:, part].all():
+            continue
+        noise = [
+            torch.randn(C, window, H, W, generator=generator(s, "noise", start)) for s in seeds
+        ]
 
         def report(step: int, total: int, number: int = number) -> None:
             if progress:
@@ -172,7 +178,3 @@ def _run(known: Tensor) -> int:
     """Frames that are wholly given before the first that is not, over all clips."""
     frames = known.flatten(2).all(2) if known.ndim > 2 else known
     return int(frames.all(0).long().cumprod(0).sum())
-
-
-def _randn(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
-    return torch.randn(shape, generator=g)

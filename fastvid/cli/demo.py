@@ -1,0 +1,303 @@
+"""Make clips, train a small VDT, stop and resume it, sample and score it: minutes on two cores."""
+
+import argparse
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fastvid.models.vdt import VDT
+    from fastvid.training.codec import Codec
+    from fastvid.training.config import TrainConfig
+
+RIVALS = {  # what the model's mean has to beat, by task: rows of the scores, in words
+    "predict": {"copy_nearest": "copying the last given frame"},
+    "interpolate": {
+        "linear_blend": "blending the given frames",
+        "copy_nearest": "copying the nearest given frame",
+    },
+}
+CLIPS, HELD_OUT, LENGTH = 800, 32, 32  # motion clips to train on and to hold out, frames of each
+MOTION = {"radius": (0.14, 0.25), "speed": (0.05, 0.1)}  # in sides of the picture, per frame
+SCORED, SHOWN = 96, 4  # held-out windows that are scored, and that are drawn, at most
+DDIM_STEPS = 50
+FPS = 4.0  # of the pictures: slow enough to see each frame
+
+
+class Verdict(NamedTuple):
+    """Whether the model's mean beats one rival in one task."""
+
+    won: bool
+    text: str
+
+
+def main(argv: Sequence[str]) -> int:
+    from fastvid.training.batches import open_sets
+    from fastvid.training.evaluate import format_table, write_json
+    from fastvid.training.runs import load_run
+
+    options = _parser().parse_args(argv)
+    out = Path(options.out or ("runs/demo-dry" if options.dry_run else "runs/demo"))
+    config = demo_config(out, data=options.data, steps=options.steps, dry_run=options.dry_run)
+    steps = 4 if options.dry_run else DDIM_STEPS
+    seconds: dict[str, float] = {}
+
+    if not options.data:
+        with _timed("clips", seconds):
+            make_clips(out / "clips", dry_run=options.dry_run)
+    with _timed("training", seconds):
+        stopped = train_with_a_stop(config)
+    model, config, codec = load_run(config.run.folder)
+    _, held_out = open_sets(config.data, codec, config.run.seed)
+    clips = windows(held_out, 8 if options.dry_run else SCORED)
+    scores = {}
+    for task in RIVALS:
+        with _timed(task, seconds):
+            scores[task] = score(model, codec, config, clips, task, steps=steps)
+            shown = clips[:: max(1, len(clips) // SHOWN)][:SHOWN]
+            draw_task(out, model, codec, config, shown, task, steps=steps)
+    draw_losses(out / "loss.png", Path(config.run.folder), stopped)
+    verdicts = compare(scores)
+    result = {"scores": scores, "verdicts": [v.text for v in verdicts], "seconds": seconds}
+    write_json(result | {"steps": config.run.steps}, out / "metrics.json")
+
+    print("\n" + "\n\n".join(format_table(scores[task]) for task in scores))
+    print("\n" + "\n".join(verdict.text for verdict in verdicts))
+    print(f"\n{_where(out, Path(config.run.folder))}")
+    if all(verdict.won for verdict in verdicts):
+        return 0
+    if options.dry_run or options.data:
+        print("\nThese clips and this many steps promise nothing: the comparison is shown only.")
+        return 0
+    print("\nFAILED: the model's mean must beat copying and blending, and does not.")
+    return 1
+
+
+def demo_config(
+    out: Path, *, data: str | None = None, steps: int | None = None, dry_run: bool = False
+) -> "TrainConfig":
+    """The recipe `vdt-demo` on the demo's own clips, or on a folder of the user's."""
+    from fastvid.training.recipes import RECIPES
+
+    config = RECIPES["vdt-demo"]()
+    if data:
+        sets = replace(config.data, train=data, validation="", validation_share=0.1)
+    else:
+        clips = out / "clips"
+        sets = replace(config.data, train=str(clips / "train"), validation=str(clips / "held-out"))
+    run = replace(config.run, folder=str(out / "run"), steps=steps or config.run.steps)
+    if dry_run:
+        run = replace(
+            run,
+            steps=steps or 12,
+            log_every=1,
+            validate_every=6,
+            validation_clips=4,
+            sample_every=6,
+        )
+    return replace(config, data=sets, run=run)
+
+
+def make_clips(folder: Path, *, dry_run: bool = False) -> None:
+    """Write motion clips to train on and to hold out, as MP4 files, unless they are there."""
+    from fastvid.data.synthetic import make_motion_clips
+
+    for name, count, seed in (("train", CLIPS, 0), ("held-out", HELD_OUT, 1)):
+        make_motion_clips(
+            folder / name,
+            clips=16 if dry_run else count,
+            frames=LENGTH,
+            size=32,
+            seed=seed,
+            **MOTION,
+        )
+
+
+def train_with_a_stop(config: "TrainConfig") -> int:
+    """Train to the end, but stop halfway as a signal would, and resume from the checkpoint.
+
+    A run that an earlier call left unfinished goes on; a finished one is kept as it is.
+
+    Returns:
+        the step of the stop.
+    """
+    from fastvid.training.checkpoint import checkpoints
+    from fastvid.training.interrupt import Interrupted
+    from fastvid.training.loop import train
+
+    halfway = config.run.steps // 2
+    try:
+        train(config, resume=True, stop_at=halfway)
+    except Interrupted:
+        if max(checkpoints(Path(config.run.folder) / "checkpoints")) != halfway:
+            raise  # somebody else's signal
+        print(f"Stopped on purpose at step {halfway}; resuming from the checkpoint.", flush=True)
+        train(config, resume=True)
+    return halfway
+
+
+def windows(held_out: Any, most: int) -> Tensor:
+    """Up to `most` held-out clips (N, 3, T, H, W), spread evenly over the set.
+
+    Raises:
+        ValueError: nothing was held out.
+    """
+    if held_out is None:
+        raise ValueError(
+            "--data must hold at least two videos: one of them is held out to score on"
+        )
+    size = len(held_out)
+    count = min(most, size)
+    return torch.stack([held_out[i * size // count]["video"] for i in range(count)])
+
+
+def score(
+    model: "VDT",
+    codec: "Codec",
+    config: "TrainConfig",
+    clips: Tensor,
+    task: str,
+    *,
+    steps: int = DDIM_STEPS,
+) -> dict[str, Any]:
+    """One sample, the mean by one step, and the rivals on `clips`; see `training.evaluate`."""
+    from tqdm import tqdm
+
+    from fastvid.training.build import build_schedule
+    from fastvid.training.evaluate import evaluate
+
+    with tqdm(unit="call", leave=False, disable=None) as bar:  # None: only on a terminal
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return evaluate(
+            model,
+            codec,
+            build_schedule(config.diffusion),
+            clips,
+            task=task,
+            given=config.diffusion.given.get(task),
+            prediction=config.diffusion.prediction,
+            steps=steps,
+            samples=1,
+            clip=1.0,
+            batch=16,
+            progress=progress,
+        )
+
+
+def compare(scores: Mapping[str, Mapping[str, Any]]) -> list[Verdict]:
+    """The PSNR of the model's mean against each rival, the single sample told beside it."""
+    verdicts = []
+    for task, rivals in RIVALS.items():
+        psnr = {row: values["psnr"] for row, values in scores[task]["rows"].items()}
+        for row, words in rivals.items():
+            mean, rival, one = psnr["one_step_mean"], psnr[row], psnr["sample"]
+            text = (
+                f"{'above' if mean > rival else 'BELOW'}  {task}: {mean:.2f} dB against "
+                f"{rival:.2f} of {words} ({mean - rival:+.2f}; one sample {one:.2f})"
+            )
+            verdicts.append(Verdict(mean > rival, text))
+    return verdicts
+
+
+def draw_task(
+    out: Path,
+    model: "VDT",
+    codec: "Codec",
+    config: "TrainConfig",
+    clips: Tensor,
+    task: str,
+    *,
+    steps: int = DDIM_STEPS,
+) -> None:
+    """TASK.png, TASK.mp4 and TASK.gif in `out`: the clips beside the model and the rival."""
+    from fastvid.data.video import write_gif, write_mp4
+    from fastvid.metrics import linear_blend
+    from fastvid.training.build import build_schedule
+    from fastvid.training.sample import sample_task
+    from fastvid.training.sheets import Row, moving_sheet, save_contact_sheet
+
+    made = sample_task(
+        model,
+        codec,
+        build_schedule(config.diffusion),
+        clips,
+        task=task,
+        seeds=range(len(clips)),
+        frames=clips.shape[2],
+        given=config.diffusion.given.get(task),
+        steps=steps,
+        prediction=config.diffusion.prediction,
+        clip=1.0,
+    )
+    trivial = linear_blend(clips, made.known)
+    words = "blended" if task == "interpolate" else "last copied"
+    lines = [
+        [Row("clip", clip), Row("model, one sample", video, known), Row(words, rival, known)]
+        for clip, video, known, rival in zip(clips, *made, trivial, strict=True)
+    ]
+    rows = [row for line in lines for row in line]
+    save_contact_sheet(
+        out / f"{task}.png", rows, title=f"{task}: given frames are outlined", cell=96
+    )
+    moving = moving_sheet(lines)
+    write_mp4(out / f"{task}.mp4", moving, FPS)
+    write_gif(out / f"{task}.gif", moving, FPS)
+
+
+def draw_losses(path: Path, run: Path, stopped: int) -> None:
+    """The losses in a run's log as one picture, with the step at which it was resumed."""
+    from fastvid.training.log import read_log
+    from fastvid.training.sheets import save_curves
+
+    curves: dict[str, tuple[list[float], list[float]]] = {}
+    for line in read_log(run):
+        if "loss" in line:
+            steps, losses = curves.setdefault(line["kind"], ([], []))
+            steps.append(line["step"])
+            losses.append(line["loss"])
+    save_curves(path, curves, title="vdt-demo: loss", marks={"stopped and resumed": stopped})
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fastvid demo", description=__doc__)
+    add = parser.add_argument
+    add("--data", metavar="FOLDER", help="train on the videos in it; the comparison is only shown")
+    add("--steps", type=int, metavar="N", help="optimiser steps, in place of the recipe's")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="the same in a few steps; the comparison is only shown",
+    )
+    add("--out", metavar="DIR", help="[runs/demo, or runs/demo-dry]")
+    return parser
+
+
+@contextmanager
+def _timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
+    print(f"{stage} ...", flush=True)
+    start = time.perf_counter()
+    yield
+    seconds[stage] = round(time.perf_counter() - start, 1)
+    print(f"{stage}: {seconds[stage]:.0f} s", flush=True)
+
+
+def _where(out: Path, run: Path) -> str:
+    return "\n".join(
+        [
+            f"Look at {out}/",
+            "  interpolate.png  interpolate.mp4  interpolate.gif   given frames outlined",
+            "  predict.png      predict.mp4      predict.gif",
+            "  loss.png         metrics.json",
+            f"and go on with:  fastvid sample {run} --task interpolate --input CLIP",
+        ]
+    )
