@@ -5,5 +5,6 @@ whatever device its tensors are on.
 """
 
 from fastvid.kernels.modulate.op import norm_modulate
+from fastvid.kernels.temporal_attention.op import temporal_attention
 
-__all__ = ["norm_modulate"]
+__all__ = ["norm_modulate", "temporal_attention"]

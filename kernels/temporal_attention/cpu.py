@@ -1,0 +1,86 @@
+"""The CPU paths of `temporal_attention`: PyTorch's fused attention, and the compiled kernel."""
+
+import torch
+from torch import Tensor
+
+from .reference import rotate, visible
+
+# SDPA itself can not be called here: below the dispatcher's autograd it has no backward.
+_attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def forward(q, k, v, known, cos, sin, scale, back, forward):
+    """One call, in which every (position, head) is a head, on views where strides allow it."""
+    bias = _bias(q, known, back, forward)
+    turned_q, turned_k = _turned(q, cos, sin), _turned(k, cos, sin)
+    out, _ = _attend(*map(_heads, (turned_q, turned_k, v)), attn_mask=bias, scale=scale)
+    out = out.transpose(1, 2).reshape(q.shape).contiguous()
+    # The very bits of v, whatever the other frames hold.
+    return out if known is None else torch.where(known[:, :, None, None, None], v, out)
+
+
+def backward(dout, q, k, v, known, cos, sin, scale, back, forward):
+    """dq, dk, dv. The forward is done again for its log-sum-exp."""
+    bias = _bias(q, known, back, forward)
+    turned_q, turned_k = _turned(q, cos, sin), _turned(k, cos, sin)
+    heads = [_heads(x) for x in (turned_q, turned_k, v)]
+    out, lse = _attend(*heads, attn_mask=bias, scale=scale)
+    grads = _attend_backward(
+        _heads(dout), *heads, out, lse, 0.0, False, attn_mask=bias, scale=scale
+    )
+    dq, dk, dv = (grad.transpose(1, 2).reshape(q.shape).contiguous() for grad in grads)
+    back_sin = None if sin is None else -sin
+    return _turned(dq, cos, back_sin), _turned(dk, cos, back_sin), dv
+
+
+def _heads(x: Tensor) -> Tensor:
+    """(B, T, N, heads, E) as (B, N * heads, T, E)."""
+    return _rows_together(x).flatten(2, 3).transpose(1, 2)
+
+
+def _turned(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    if cos is None or sin is None:
+        return x
+    wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return rotate(wide, (cos, sin)).to(x.dtype)
+
+
+def _bias(q: Tensor, known: Tensor | None, back: int, forward: int) -> Tensor | None:
+    """(B|1, 1, T, T): 0 where visible, -inf elsewhere; None if all is visible."""
+    frames = q.shape[1]
+    if known is None and min(back, forward) >= frames - 1:
+        return None
+    seen = visible(frames, known, (back, forward), q.device)
+    return q.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf).unsqueeze(1)
+
+
+def compiled_serves(dtype: torch.dtype) -> bool:
+    """Whether the C++ kernel knows this dtype."""
+    return dtype in (torch.float32, torch.bfloat16)
+
+
+def compiled_forward(q, k, v, known, cos, sin, scale, back, forward):
+    """The C++ kernel."""
+    q, k, v = map(_rows_together, (q, k, v))
+    out = q.new_empty(q.shape)
+    rule = known, _table(cos), _table(sin), scale, back, forward
+    torch.ops.fastvid_cpp.temporal_attention(q, k, v, *rule, out)
+    return out
+
+
+def compiled_backward(dout, q, k, v, known, cos, sin, scale, back, forward):
+    """The C++ kernel."""
+    dout, q, k, v = map(_rows_together, (dout, q, k, v))
+    dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
+    rule = known, _table(cos), _table(sin), scale, back, forward
+    torch.ops.fastvid_cpp.temporal_attention_backward(dout, q, k, v, *rule, dq, dk, dv)
+    return dq, dk, dv
+
+
+def _table(table: Tensor | None) -> Tensor | None:
+    return None if table is None else table.to(torch.float32).contiguous()
+
+
+def _rows_together(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
