@@ -74,5 +74,6 @@ class TemporalAttention(nn.Module):
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, split: tuple[int, int, int, int]) -> Tensor:
     """(B, T, N, D) each, `split` as (sequences, length, heads, E), to (B, T, N, D)."""
-    heads = (part.view(split).transpose(1, 2) for part in (q, k, v))
-    return F.scaled_dot_product_attention(*heads).transpose(1, 2).reshape(q.shape)
+    by_head = [part.view(split).transpose(1, 2) for part in (q, k, v)]
+    out = F.scaled_dot_product_attention(by_head[0], by_head[1], by_head[2])
+    return out.transpose(1, 2).reshape(q.shape)

@@ -86,7 +86,7 @@ class _Linear(torch.autograd.Function):
             x = ctx.make(*inputs)
         rows = x.detach().to(weight.dtype).flatten(0, -2)
         dys = [grad.flatten(0, -2) for grad in grads]
-        dweight = dbias = dx = None
+        dweight = dbias = None
         dinputs: list[Tensor | None] = [None] * len(inputs)
         if weight_needed:
             dweight = torch.empty_like(weight)
@@ -95,8 +95,10 @@ class _Linear(torch.autograd.Function):
         if bias_needed:
             dbias = torch.cat([dy.sum(0) for dy in dys])
         if any(inputs_needed):
-            for dy, part in zip(dys, weight.chunk(ctx.parts), strict=True):
-                dx = _product(dy, part.T) if dx is None else dx.addmm_(dy, part)
+            first, *others = weight.chunk(ctx.parts)
+            dx = _product(dys[0], first.T)
+            for dy, part in zip(dys[1:], others, strict=True):
+                dx.addmm_(dy, part)
             wanted = [tensor for tensor in inputs if tensor.requires_grad]
             found = iter(torch.autograd.grad(x, wanted, dx.view(x.shape).to(x.dtype)))
             dinputs = [next(found) if needed else None for needed in inputs_needed]
@@ -120,7 +122,7 @@ _onednn = torch.ops.mkldnn._linear_pointwise
 
 
 def _onednn_serves() -> bool:
-    return torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling()
+    return not torch.compiler.is_compiling() and torch.backends.mkldnn.is_available()
 
 
 def _autocast(tensor: Tensor) -> bool:
