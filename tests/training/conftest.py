@@ -3,8 +3,9 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
-from fastvid.models.vdt import VDTConfig
+from fastvid.models.vdt import VDT, VDTConfig
 from fastvid.training.config import (
     CodecConfig,
     DataConfig,
@@ -37,6 +38,18 @@ def clips(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clips") / "motion"
     make_motion_clips(folder, clips=10, frames=8, size=16)
     return folder
+
+
+@pytest.fixture
+def awake(tmp_path):
+    """A model folder without zero weights, so that every parameter has a gradient at once."""
+    model = VDT(replace(MODEL, drop_labels=False))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    model.save_pretrained(tmp_path / "awake")
+    return str(tmp_path / "awake")
 
 
 @pytest.fixture

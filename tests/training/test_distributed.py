@@ -97,8 +97,9 @@ def losses(folder):
 
 
 @pytest.mark.slow
-def test_two_processes_train_like_one_and_take_over_from_each_other(config, tmp_path):
-    same = {"drop_labels": False, "log_every": 1, "validate_every": 2, "save_every": 2}
+def test_two_processes_train_like_one_and_take_over_from_each_other(config, tmp_path, awake, rand):
+    same = {"drop_labels": False, "init": awake, "log_every": 1}
+    same |= {"validate_every": 2, "save_every": 2}
 
     def run(name, **changes):
         return config(folder=str(tmp_path / name), **(same | changes))
@@ -117,8 +118,12 @@ def test_two_processes_train_like_one_and_take_over_from_each_other(config, tmp_
     )
     assert losses(tmp_path / "pair") == pytest.approx(losses(tmp_path / "alone"), rel=1e-6)
     one, two = (load_run(tmp_path / name / "model" / "last")[0] for name in ("alone", "pair"))
-    for (name, p), q in zip(one.named_parameters(), two.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5, msg=name)
+    # Outputs, not weights: a key's bias changes nothing, so Adam follows its rounding noise.
+    latents, timestep = rand(2, 48, 4, 4, 4), torch.tensor([3, 700])
+    with torch.no_grad():
+        torch.testing.assert_close(
+            one(latents, timestep), two(latents, timestep), rtol=1e-4, atol=1e-5
+        )
     values = [
         [line for line in read_log(tmp_path / name) if line["kind"] == "validation"]
         for name in ("alone", "pair")

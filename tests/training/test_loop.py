@@ -1,5 +1,6 @@
 """The run as a whole: resuming, the NaN guard, stopping, the lock."""
 
+import errno
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from fastvid.training import loop
-from fastvid.training.checkpoint import checkpoints
+from fastvid.training.checkpoint import CheckpointError, checkpoints
 from fastvid.training.config import OptimConfig
 from fastvid.training.distributed import World
 from fastvid.training.guard import NonFiniteError
@@ -141,17 +142,16 @@ def test_validation_is_the_same_every_time_and_moves_no_randomness(config, tmp_p
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_accumulated_gradients_are_those_of_the_whole_batch(config, tmp_path):
-    whole = config(folder=str(tmp_path / "whole"), drop_labels=False, steps=2)
-    parts = config(folder=str(tmp_path / "parts"), drop_labels=False, steps=2, accumulate=4)
-    train(whole)
-    train(parts)
-    (one, _), (other, _) = saved(tmp_path / "whole", 2), saved(tmp_path / "parts", 2)
-    assert told(tmp_path / "whole")[0]["norm"] == pytest.approx(
-        told(tmp_path / "parts")[0]["norm"], rel=1e-5
-    )
-    for name in one:
-        torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-6)
+def test_accumulated_gradients_are_those_of_the_whole_batch(config, tmp_path, awake):
+    same = {"drop_labels": False, "steps": 1, "init": awake}
+    train(config(folder=str(tmp_path / "whole"), **same))
+    train(config(folder=str(tmp_path / "parts"), accumulate=4, **same))
+    whole, parts = (saved(tmp_path / name, 1)[0] for name in ("whole", "parts"))
+    for name, gradient in whole.items():
+        if name.endswith("exp_avg"):  # a tenth of the clipped gradient after one step
+            allowed = 1e-5 * gradient.abs().max().item()
+            assert allowed > 0
+            torch.testing.assert_close(parts[name], gradient, rtol=0, atol=allowed, msg=name)
 
 
 def test_bf16_and_recomputed_blocks_train(config):
@@ -259,6 +259,30 @@ def test_resume_passes_over_a_damaged_checkpoint_and_refuses_when_none_is_left(c
         (path / "state.json").unlink()
     with pytest.raises(RuntimeError, match=r"state\.json is missing"):
         train(made, resume=True)
+
+
+def test_full_disk_while_weights_are_written_is_told(config, tmp_path, monkeypatch):
+    from fastvid.models.vdt import VDT
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    made = config(steps=2)
+    train(made)
+    before = (tmp_path / "run" / "model" / "last" / "model.safetensors").read_bytes()
+    monkeypatch.setattr(VDT, "_save_pretrained", full)
+    longer = replace(made, run=replace(made.run, steps=3))
+    with pytest.raises(CheckpointError, match=r"bytes of weights .*last.*No space left"):
+        train(longer, resume=True)
+    folder = tmp_path / "run" / "model" / "last"
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert {path.name for path in folder.iterdir()} == {
+        "README.md",
+        "config.json",
+        "config.yaml",
+        "model.safetensors",
+    }
+    assert list(checkpoints(tmp_path / "run" / "checkpoints")) == [2, 3]
 
 
 def test_processes_must_share_the_batch_evenly(config):
