@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 
 import pytest
-import torch
 
 pytest.importorskip("av")
 pytest.importorskip("tqdm")
@@ -120,28 +119,14 @@ def test_a_second_call_keeps_the_finished_run(tmp_path, few_clips):
 
 
 def test_the_recipe_learns_as_it_did(tmp_path):
-    """60 steps on 64 clips. Stored: the run that was looked at when this was written."""
-    make_motion_clips(tmp_path / "train", clips=64, frames=32, seed=0, **demo.MOTION)
-    make_motion_clips(tmp_path / "held-out", clips=8, frames=9, seed=1, **demo.MOTION)
-    config = demo.demo_config(tmp_path)
-    config = replace(
-        config,
-        data=replace(
-            config.data,
-            train=str(tmp_path / "train"),
-            validation=str(tmp_path / "held-out"),
-        ),
-        run=replace(
-            config.run, steps=60, log_every=10, validate_every=0, sample_every=0, save_every=0
-        ),
-        optim=replace(config.optim, warmup=20),
-    )
-    train(config)
+    """The losses of 30 steps, in tens, against those of a run that went on to win."""
+    make_motion_clips(tmp_path / "clips", clips=32, frames=32, seed=0, **demo.MOTION)
+    config = demo.demo_config(tmp_path, data=str(tmp_path / "clips"))
+    run = replace(config.run, steps=30, log_every=10, validate_every=0, sample_every=0)
+    train(replace(config, run=run, optim=replace(config.optim, warmup=10)))
     log = read_log(tmp_path / "run")
     losses = [line["loss"] for line in log if line["kind"] == "train"]
-    validation = next(line for line in log if line["kind"] == "validation")
-    print(losses, validation)
+    assert losses == pytest.approx([0.197, 0.122, 0.117], rel=0.05)
+    assert losses[-1] < 0.65 * losses[0]
     model, _, _ = load_run(tmp_path / "run")
     assert sum(p.numel() for p in model.parameters()) == 1_650_624
-    assert losses == pytest.approx([0.0] * 6, rel=0.1)
-    assert all(torch.isfinite(p).all() for p in model.parameters())
