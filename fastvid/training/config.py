@@ -169,7 +169,7 @@ class RunConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 computes under autocast; weights, optimiser and EMA stay in fp32."""
     compile: bool = False
-    """torch.compile the model."""
+    """torch.compile the model: for long runs on GPUs, on a CPU compiling takes minutes."""
     checkpoint_blocks: int = 0
     """The first so many blocks are recomputed in the backward pass instead of remembered."""
     init: str = ""
