@@ -53,6 +53,12 @@ inline void load_row(const T* in, float* row, int64_t D) {
   for (int64_t d = 0; d < D; ++d) row[d] = widen(in[d]);
 }
 
+template <typename F, typename T>
+inline void store_row(const F* row, T* out, int64_t D) {
+#pragma omp simd
+  for (int64_t d = 0; d < D; ++d) narrow(float(row[d]), out + d);
+}
+
 template <typename T>
 inline float load_and_sum(const T* in, float* row, int64_t D) {
   float sum = 0;
@@ -199,7 +205,9 @@ void backward(Tensor dy, Tensor x, Tensor scale, Tensor mean, Tensor rstd, bool 
   const int64_t D = size.width, per_group = size.tokens / size.groups;
   const int64_t all_groups = size.batch * size.groups;
   const int64_t chunks = (per_group + kChunk - 1) / kChunk, tasks = all_groups * chunks;
-  const std::unique_ptr<float[]> partials(new float[2 * tasks * D]);
+  const int64_t sharing = scale.size(0) < size.batch ? size.batch : 1;
+  const bool direct = chunks == 1 && sharing == 1;  // a chunk is all that its row is summed over
+  const std::unique_ptr<float[]> partials(direct ? nullptr : new float[2 * tasks * D]);
   float *shift_parts = partials.get(), *scale_parts = shift_parts + tasks * D;
   const int64_t grain = std::max<int64_t>(1, 32768 / (D * std::min(kChunk, per_group)));
 
@@ -209,9 +217,14 @@ void backward(Tensor dy, Tensor x, Tensor scale, Tensor mean, Tensor rstd, bool 
         using X = decltype(x_type);
         using M = decltype(m_type);
         using Y = decltype(y_type);
+        M* const results[] = {static_cast<M*>(dshift.data_ptr()),
+                              static_cast<M*>(dscale.data_ptr())};
         torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
-          std::vector<float> scratch(3 * D);
+          std::vector<float> scratch(5 * D);
+          float* const own = scratch.data() + 3 * D;
           for (int64_t task = begin; task < end; ++task) {
+            float* const shift_sum = direct ? own : shift_parts + task * D;
+            float* const scale_sum = direct ? own + D : scale_parts + task * D;
             const int64_t b = task / chunks / size.groups, g = task / chunks % size.groups;
             const int64_t from = task % chunks * kChunk;
             const int64_t to = std::min(from + kChunk, per_group);
@@ -219,15 +232,17 @@ void backward(Tensor dy, Tensor x, Tensor scale, Tensor mean, Tensor rstd, bool 
                                    rows_of<Y>(dy), rows_of<X>(x), rows_of<M>(scale),
                                    static_cast<const float*>(mean.data_ptr()),
                                    static_cast<const float*>(rstd.data_ptr()), rms,
-                                   static_cast<X*>(dx.data_ptr()), shift_parts + task * D,
-                                   scale_parts + task * D, scratch.data());
+                                   static_cast<X*>(dx.data_ptr()), shift_sum, scale_sum,
+                                   scratch.data());
+            if (direct) {
+              store_row(shift_sum, results[0] + task * D, D);
+              store_row(scale_sum, results[1] + task * D, D);
+            }
           }
         });
+        if (direct) return;
 
         // Chunks of a group, and samples that share one modulation, are added in order.
-        const int64_t sharing = scale.size(0) < size.batch ? size.batch : 1;
-        M* const results[] = {static_cast<M*>(dshift.data_ptr()),
-                              static_cast<M*>(dscale.data_ptr())};
         const float* const parts[] = {shift_parts, scale_parts};
         const int64_t outputs = all_groups / sharing;
         torch::stable::parallel_for(0, 2 * outputs, 8, [&](int64_t begin, int64_t end) {
@@ -241,7 +256,7 @@ void backward(Tensor dy, Tensor x, Tensor scale, Tensor mean, Tensor rstd, bool 
                 for (int64_t d = 0; d < D; ++d) sum[d] += part[d];
             }
             M* out = results[at / outputs] + group * D;
-            for (int64_t d = 0; d < D; ++d) narrow(float(sum[d]), out + d);
+            store_row(sum.data(), out, D);
           }
         });
       });
