@@ -24,7 +24,7 @@ RIVALS = {  # what the model's mean has to beat, by task: rows of the scores, in
     },
 }
 CLIPS, HELD_OUT, LENGTH = 800, 32, 32  # motion clips to train on and to hold out, frames of each
-MOTION = {"radius": (0.14, 0.25), "speed": (0.05, 0.1)}  # in sides of the picture, per frame
+RADIUS, SPEED = (0.14, 0.25), (0.05, 0.1)  # of the shapes, in sides of the picture, per frame
 SCORED, SHOWN = 96, 4  # held-out windows that are scored, and that are drawn, at most
 DDIM_STEPS = 50
 FPS = 4.0  # of the pictures: slow enough to see each frame
@@ -117,7 +117,8 @@ def make_clips(folder: Path, *, dry_run: bool = False) -> None:
             frames=LENGTH,
             size=32,
             seed=seed,
-            **MOTION,
+            radius=RADIUS,
+            speed=SPEED,
         )
 
 

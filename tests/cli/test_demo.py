@@ -120,7 +120,7 @@ def test_a_second_call_keeps_the_finished_run(tmp_path, few_clips):
 
 def test_the_recipe_learns_as_it_did(tmp_path):
     """The losses of 30 steps, in tens, against those of a run that went on to win."""
-    make_motion_clips(tmp_path / "clips", clips=32, frames=32, seed=0, **demo.MOTION)
+    make_motion_clips(tmp_path / "clips", clips=32, radius=demo.RADIUS, speed=demo.SPEED)
     config = demo.demo_config(tmp_path, data=str(tmp_path / "clips"))
     run = replace(config.run, steps=30, log_every=10, validate_every=0, sample_every=0)
     train(replace(config, run=run, optim=replace(config.optim, warmup=10)))
