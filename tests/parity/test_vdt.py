@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks.rivals.vdt_eager import VDTEager
 from fastvid.models.vdt import VDT
 from fastvid.modules.embeddings import resize_grid
 from tests.parity import test_vdt_diffusion
@@ -46,6 +47,15 @@ def test_forward(path, grad, folded):
     model = model.fold() if folded else model
     with torch.set_grad_enabled(grad):
         close(swap(model(swap(tensors["in/x"]), tensors["in/t"])), tensors["out/y"], "out/y")
+
+
+def test_the_rival_of_the_benchmark_is_the_official_model(path):
+    needs(path, "out/y")
+    config, tensors = load(path)
+    rival = VDTEager(vdt_config(config))
+    rival.load_state_dict(under(tensors, "weights/"))
+    with torch.no_grad():
+        close(rival(tensors["in/x"], tensors["in/t"]), tensors["out/y"], "out/y")
 
 
 def test_intermediates_and_gradients(path):
