@@ -93,11 +93,13 @@ class Block(nn.Module):
         Where nothing is recorded for a backward, `x` itself is updated.
         """
         rows = _rows_at_once(x)
-        for tokens in x.split(max(rows // x.shape[1], 1), dim=2) if rows else (x,):
-            y = self._over_time(tokens)
-        for frames in x.split(max(rows // x.shape[2], 1), dim=1) if rows else (y,):
-            y = self._per_frame(frames, modulation)
-        return x if rows else y
+        if rows is None:
+            return self._per_frame(self._over_time(x), modulation)
+        for tokens in x.split(max(rows // x.shape[1], 1), dim=2):
+            self._over_time(tokens)
+        for frames in x.split(max(rows // x.shape[2], 1), dim=1):
+            self._per_frame(frames, modulation)
+        return x
 
     def _over_time(self, x: Tensor) -> Tensor:
         if self.temporal is None:
@@ -110,10 +112,10 @@ class Block(nn.Module):
         return gated_residual(x, self.mlp(modulated(x, mlp_shift, mlp_scale)), mlp_gate)
 
 
-def _rows_at_once(x: Tensor) -> int:
-    """How many tokens of x (B, T, N, D) inference on a CPU takes at once, to stay in the cache."""
+def _rows_at_once(x: Tensor) -> int | None:
+    """Tokens per sample of x that inference on a CPU takes at once: less memory, warmer caches."""
     if torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling():
-        return 0
+        return None
     return max(_ROWS // x.shape[0], 1)
 
 

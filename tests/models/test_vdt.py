@@ -127,6 +127,15 @@ def test_autocast_trains_like_float32(model, clip):
     assert (rounded - exact).norm() < 0.05 * exact.norm()
 
 
+def test_autocast_infers_like_float32(model, clip):
+    with torch.no_grad():
+        exact = model(*clip)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = model(*clip)
+    assert rounded.dtype == torch.float32
+    assert (rounded - exact).norm() < 0.03 * exact.norm()
+
+
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_recomputed_blocks_give_the_same_gradients(model, clip, blocks):
     gradients = []
