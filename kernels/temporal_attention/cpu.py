@@ -3,11 +3,9 @@
 import torch
 from torch import Tensor
 
-from .reference import rotate, visible
+from .reference import rotate, temporal_attention_backward, visible
 
-# SDPA itself can not be called here: below the dispatcher's autograd it has no backward.
 _attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def forward(q, k, v, known, cos, sin, scale, back, forward):
@@ -21,17 +19,17 @@ def forward(q, k, v, known, cos, sin, scale, back, forward):
 
 
 def backward(dout, q, k, v, known, cos, sin, scale, back, forward):
-    """dq, dk, dv. The forward is done again for its log-sum-exp."""
-    bias = _bias(q, known, back, forward)
-    turned_q, turned_k = _turned(q, cos, sin), _turned(k, cos, sin)
-    heads = [_heads(x) for x in (turned_q, turned_k, v)]
-    out, lse = _attend(*heads, attn_mask=bias, scale=scale)
-    grads = _attend_backward(
-        _heads(dout), *heads, out, lse, 0.0, False, attn_mask=bias, scale=scale
-    )
-    dq, dk, dv = (grad.transpose(1, 2).reshape(q.shape).contiguous() for grad in grads)
-    back_sin = None if sin is None else -sin
-    return _turned(dq, cos, back_sin), _turned(dk, cos, back_sin), dv
+    """dq, dk, dv, by the written gradient in float32 (float64 for float64).
+
+    Measured faster than the backward of the fused attention, which would also need the result and
+    its log-sum-exp, and closer: known frames get exactly nothing in dq and dk.
+    """
+    rotary = None if cos is None else (cos, sin)
+    grads = temporal_attention_backward(
+        *(_wide(x) for x in (dout, q, k, v)),
+        known=known, window=(back, forward), rotary=rotary, scale=scale,
+    )  # fmt: skip
+    return tuple(grad.to(q.dtype).contiguous() for grad in grads)
 
 
 def _heads(x: Tensor) -> Tensor:
@@ -42,8 +40,11 @@ def _heads(x: Tensor) -> Tensor:
 def _turned(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
     if cos is None or sin is None:
         return x
-    wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    return rotate(wide, (cos, sin)).to(x.dtype)
+    return rotate(_wide(x), (cos, sin)).to(x.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
 def _bias(q: Tensor, known: Tensor | None, back: int, forward: int) -> Tensor | None:

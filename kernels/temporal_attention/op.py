@@ -100,7 +100,7 @@ def temporal_attention(
 
     Args:
         q, k, v: (B, T, N, heads, E) in any strides, such as views of one packed projection; of one
-            dtype. T <= 64; E a multiple of 8 from 16 to 256.
+            dtype. T <= 64; E a multiple of 8 up to 256.
         known: (B or 1, T) bool, True for frames that see only themselves: there the result is
             their own v. The others see every frame, known ones too.
         window: `(back, forward)`: a frame sees so many frames before and after it. All by default.
@@ -112,7 +112,7 @@ def temporal_attention(
     Raises:
         TypeError: an argument is not a tensor, or its dtype is not the one above.
         ValueError: a shape, a device or the window is not the one above.
-        NotImplementedError: T > 64, or E is not a multiple of 8 from 16 to 256.
+        NotImplementedError: T > 64, or E is not a multiple of 8 up to 256.
     Source: temporal attention of Lu et al., arXiv:2305.13311, and Liu et al., arXiv:2410.20280;
         rotary positions of Su et al., arXiv:2104.09864.
     """
@@ -126,8 +126,8 @@ def temporal_attention(
         expect_device(name, tensor, "q", q)
     if T > MOST_FRAMES:
         raise NotImplementedError(f"q must have T <= {MOST_FRAMES} frames, got T={T}")
-    if E % 8 or not 16 <= E <= 256:
-        raise NotImplementedError(f"q must have E in 16, 24, ..., 256, got E={E}")
+    if E % 8 or not 8 <= E <= 256:
+        raise NotImplementedError(f"q must have E in 8, 16, ..., 256, got E={E}")
     if known is not None:
         expect_shape("known", known, "B|1 T", sizes)
         if known.dtype != torch.bool:
