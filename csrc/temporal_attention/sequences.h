@@ -115,9 +115,12 @@ INLINE void rotate(float* row, const Rule& rule, int64_t t, int64_t width, float
 }
 
 template <typename T>
-INLINE void load(const T* in, int64_t step, float* rows, const Sizes& size, const Rule* rotary) {
+INLINE void load(const T* in, int64_t step, int64_t next, float* rows, const Sizes& size,
+                 const Rule* rotary) {
   for (int64_t t = 0; t < size.frames; ++t) {
     float* row = rows + t * size.columns();
+    for (int64_t e = 0; e < size.width; e += 64 / sizeof(T))  // more rows than the CPU can follow
+      __builtin_prefetch(in + t * step + next + e);
 #pragma omp simd
     for (int64_t e = 0; e < size.width; ++e) row[e] = widen(in[t * step + e]);
     if (rotary && rotary->cos) rotate(row, *rotary, t, size.width, 1);
@@ -183,9 +186,9 @@ TARGET void forward_sequences(int64_t begin, int64_t end, Sizes size, Rule rule,
   float *out_rows = scratch.take(rows * columns), *p = scratch.take(rows * rows);
   for (int64_t sequence = begin; sequence < end; ++sequence) {
     const auto [b, n, h] = Place(sequence, size);
-    load(q.at(b, n, h), q.frame_step, q_rows, size, &rule);
-    load(k.at(b, n, h), k.frame_step, k_rows, size, &rule);
-    load(v.at(b, n, h), v.frame_step, v_rows, size, nullptr);
+    load(q.at(b, n, h), q.frame_step, q.head_step, q_rows, size, &rule);
+    load(k.at(b, n, h), k.frame_step, k.head_step, k_rows, size, &rule);
+    load(v.at(b, n, h), v.frame_step, v.head_step, v_rows, size, nullptr);
     transpose(k_rows, keys, rows, columns);
     multiply(q_rows, columns, 1, keys, p, rows, size.width, rows);
     softmax(p, b, size, rule);
@@ -210,10 +213,10 @@ TARGET void backward_sequences(int64_t begin, int64_t end, Sizes size, Rule rule
   float *p = scratch.take(rows * rows), *ds = scratch.take(rows * rows);
   for (int64_t sequence = begin; sequence < end; ++sequence) {
     const auto [b, n, h] = Place(sequence, size);
-    load(q.at(b, n, h), q.frame_step, q_rows, size, &rule);
-    load(k.at(b, n, h), k.frame_step, k_rows, size, &rule);
-    load(v.at(b, n, h), v.frame_step, v_rows, size, nullptr);
-    load(dout.at(b, n, h), dout.frame_step, dout_rows, size, nullptr);
+    load(q.at(b, n, h), q.frame_step, q.head_step, q_rows, size, &rule);
+    load(k.at(b, n, h), k.frame_step, k.head_step, k_rows, size, &rule);
+    load(v.at(b, n, h), v.frame_step, v.head_step, v_rows, size, nullptr);
+    load(dout.at(b, n, h), dout.frame_step, dout.head_step, dout_rows, size, nullptr);
     transpose(k_rows, turned, rows, columns);
     multiply(q_rows, columns, 1, turned, p, rows, size.width, rows);
     softmax(p, b, size, rule);

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvid.functional import temporal_attention
 from fastvid.modules.linear import Cheap, linear, linear_parts
 
 
@@ -46,7 +47,8 @@ class TemporalAttention(nn.Module):
     def forward(self, x: Tensor | Cheap) -> Tensor:
         q, k, v = linear_parts(x, self.qkv.weight, self.qkv.bias, 3)
         B, T, N, D = q.shape
-        out = _attend(q, k, v, (B, T, N * self.heads, D // self.heads))
+        out = temporal_attention(*(part.unflatten(-1, (self.heads, -1)) for part in (q, k, v)))
+        out = out.flatten(-2)
         if self.fc is not None and B * T * N >= 2 * D:
             return linear(out, *self._both())
         out = linear(out, self.proj.weight, self.proj.bias)
