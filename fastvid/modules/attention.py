@@ -1,9 +1,8 @@
 """Self-attention over one axis of video tokens (B, T, N, D), without layout copies.
 
 q, k and v come from three products with the thirds of one weight. Each is then a plain
-(B, T, N, heads * E) tensor, of which both axes are views: over tokens the batch is (B, T) and the
-heads are the heads; over frames the batch is B and every (token, head) pair is a head of its own.
-The attention writes its output in the same layout, so that nothing is ever transposed in memory.
+(B, T, N, heads * E) tensor: over tokens the attention sees it as a batch of B * T, over frames it
+reads the strides. The result comes in the same layout, so that nothing is transposed in memory.
 """
 
 import torch

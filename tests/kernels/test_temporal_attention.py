@@ -36,12 +36,10 @@ def arguments(known=None, window=None, rotary=None, scale=0.15):
 
 def check_budget(within_budget, forward, backward, q, k, v, dout, **rule):
     """Hold `forward(q, k, v, *arguments)` and its backward to float64."""
-    rule = {"scale": 0.15, **rule}
-    eager_rule, exact = dict(rule), [tensor.double() for tensor in (q, k, v, dout)]
-    if rule.get("rotary"):
-        rotary = rule["rotary"]
-        rule["rotary"] = tuple(t.double() for t in rotary)
-    exact_rule, rule = rule, eager_rule
+    exact = [tensor.double() for tensor in (q, k, v, dout)]
+    rule = exact_rule = {"scale": 0.15, **rule}
+    if "rotary" in rule:
+        exact_rule = {**rule, "rotary": tuple(table.double() for table in rule["rotary"])}
     eager = functools.partial(reference.temporal_attention, **rule)
     out = forward(q, k, v, *arguments(**rule))
     assert out.is_contiguous()
@@ -66,14 +64,11 @@ RULES = {
 
 
 def to(device, rule):
-    return {
-        name: tuple(t.to(device) for t in value)
-        if name == "rotary"
-        else value.to(device)
-        if name == "known"
-        else value
-        for name, value in rule.items()
+    move = {
+        "known": lambda known: known.to(device),
+        "rotary": lambda pair: tuple(table.to(device) for table in pair),
     }
+    return {name: move.get(name, lambda same: same)(value) for name, value in rule.items()}
 
 
 # ---- the reference, and what the op computes on this machine
