@@ -1,6 +1,7 @@
 """Score a model on held-out clips: PSNR, SSIM, LPIPS, FVD, beside copying and blending."""
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,6 +62,7 @@ def main(argv: Sequence[str]) -> int:
             device=device,
             progress=progress,
         )
+    print(clips.dataset.report, file=sys.stderr)  # type: ignore[attr-defined]
     print(format_table(result))
     out = Path(options.out or Path(options.run) / f"metrics-{options.task}.json")
     source = {"fastvid": __version__, "model": str(options.run), "data": options.data}
@@ -155,5 +157,5 @@ def _open(folder: str, config: "TrainConfig") -> Dataset:
         size=data.size,
         stride=data.stride,
         fit=data.fit,
-        windows="first",
+        windows="grid",
     )

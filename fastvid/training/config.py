@@ -26,7 +26,9 @@ class DataConfig:
     validation: str = ""
     """Folder to validate on; empty takes a share of the training files away."""
     validation_share: float = 0.1
-    """That share, by file: clips of one file never stand on both sides."""
+    """That share, by file or folder of frames: its clips never stand on both sides."""
+    split_seed: int = 0
+    """Which files that share takes; run.seed has no say in it."""
     frames: int = 16
     """Frames per clip."""
     size: tuple[int, int] = (128, 128)
