@@ -132,7 +132,8 @@ def _clips(options: argparse.Namespace, config: "TrainConfig", codec: "Codec") -
     for name in ("clips", "frames"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")
-    data = replace(config.data, frames=options.frames or config.data.frames)
+    # Clips are read once: a cache would only decode all files, those trained on among them.
+    data = replace(config.data, frames=options.frames or config.data.frames, cache=False)
     held: Dataset | None
     if options.data:
         held = _open(options.data, data)

@@ -103,7 +103,8 @@ class DiffusionConfig:
     tasks: dict[str, float] = field(
         default_factory=lambda: {"predict": 1.0, "interpolate": 1.0, "unconditional": 1.0}
     )
-    """Training mix: task name to weight. Each clip draws its own task."""
+    """Training mix: task name to weight. Each clip draws its own task. "predict" alone, with
+    average "unknown", is the same as training on given frames put before the noisy ones."""
     given: dict[str, int] = field(default_factory=dict)
     """Number of given frames by task name, where it is not the task's own."""
 

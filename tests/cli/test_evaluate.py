@@ -128,18 +128,33 @@ def test_clips_are_spread_evenly_and_latents_bounded(run, clips, tmp_path, heard
 
 @pytest.fixture
 def of_kind(run, tmp_path):
-    """The same run, trained on another kind of data."""
+    """The same run, trained on another kind of data, or otherwise kept."""
     from dataclasses import replace
 
     from fastvid.training.runs import load_run
 
-    def make(kind):
+    def make(kind, **changes):
         model, config, _ = load_run(run)
-        config = replace(config, data=replace(config.data, kind=kind))
+        config = replace(config, data=replace(config.data, kind=kind, **changes))
         export(tmp_path / "other" / "model" / "last", config, model.state_dict())
         return tmp_path / "other"
 
     return make
+
+
+def test_only_what_is_scored_is_decoded(of_kind, tmp_path, heard, monkeypatch):
+    """A run that kept its clips in memory does not decode them all again."""
+    from fastvid.data import clips as module
+
+    decoded, read = [], module.read_clip
+    monkeypatch.setattr(
+        module, "read_clip", lambda path, *a, **k: decoded.append(path) or read(path, *a, **k)
+    )
+    other = of_kind("clips", cache=True)
+    assert evaluate(other, "--task", "predict", "--out", tmp_path / "m.json") == 0
+    assert not decoded
+    assert [clip["start"] for clip in heard[0][0]] == [0, 0]
+    assert len(decoded) == 2
 
 
 def pictures(folder, name, count):
