@@ -1,0 +1,234 @@
+"""The path without a kernel of our own: one SDPA call per rectangle of visible pairs.
+
+The visible pairs are covered, once each, by rectangles of query ranges and key ranges. Frames that
+see the same keys make one rectangle. Small frames whose keys differ share a call on the keys they
+have in common, since SDPA is slow on few query rows, and the rest is joined by log-sum-exp, which
+is exact. Nothing hidden is computed, forward or backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Range = tuple[int, int]
+Ranges = tuple[Range, ...]
+
+# Below so many query rows the CPU's flash kernel takes smaller blocks and loses a third of its
+# rate; sums over fewer rows are merged on the keys that they share.
+FULL_RATE_ROWS = 768
+
+
+class Rectangle(NamedTuple):
+    queries: Ranges
+    keys: Ranges
+
+
+class Plan(NamedTuple):
+    """How one sample's pairs are covered; all ranges in tokens."""
+
+    rectangles: list[Rectangle]
+    alone: Ranges  # query tokens that see themselves only
+    blind: Ranges  # query tokens that see nothing
+
+
+def plan(rows: list[list[int]], spans: list[list[list[int]]], tokens: int, keys: int) -> Plan:
+    """Cover the pairs of one sample of an interval table (`_shared/intervals.py`)."""
+    alone, blind, sighted = [], [], []
+    for (start, end, count, self_only, _), row_spans in zip(rows, spans, strict=True):
+        here = (start, min(end, tokens))
+        if here[0] >= here[1]:
+            continue
+        seen = tuple((a, min(b, keys)) for a, b in row_spans[:count] if a < keys)
+        if self_only:
+            alone.append(here)
+        elif seen:
+            sighted.append((here, seen))
+        else:
+            blind.append(here)
+    groups: dict[Ranges, list[Range]] = {}
+    for here, seen in sorted(sighted):
+        groups.setdefault(seen, []).append(here)
+    rectangles, small = [], []
+    for seen, ranges in groups.items():
+        queries = _merge(ranges)
+        if _size(queries) >= FULL_RATE_ROWS:
+            rectangles.append(Rectangle(queries, seen))
+        else:
+            small.append(Rectangle(queries, seen))
+    for chunk in _chunks(small):
+        rectangles.extend(_share(chunk))
+    return Plan(rectangles, _merge(alone), _merge(blind))
+
+
+def _chunks(small: list[Rectangle]) -> Iterator[list[Rectangle]]:
+    """Neighbours, together FULL_RATE_ROWS rows or a little more."""
+    chunk: list[Rectangle] = []
+    for rectangle in small:
+        chunk.append(rectangle)
+        if sum(_size(r.queries) for r in chunk) >= FULL_RATE_ROWS:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _share(chunk: list[Rectangle]) -> list[Rectangle]:
+    """One call on the keys that all of `chunk` see, then what each sees besides."""
+    common = chunk[0].keys
+    for rectangle in chunk[1:]:
+        common = _intersect(common, rectangle.keys)
+    # A shared call saves time only if it takes the larger part of the work out of small calls.
+    if len(chunk) == 1 or 2 * _size(common) < max(_size(r.keys) for r in chunk):
+        return chunk
+    rest = [Rectangle(r.queries, _subtract(r.keys, common)) for r in chunk]
+    every = _merge(r for rectangle in chunk for r in rectangle.queries)
+    return [Rectangle(every, common), *(r for r in rest if r.keys)]
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, plans: list[Plan], scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention of `q` (B, N, heads, E) on `k`, `v` (B, M, heads, E).
+
+    `plans` holds one plan for the whole batch, or one a sample. Returns out (B, N, heads, E) and
+    lse (B, heads, N), float32 or, for float64 input, float64.
+    """
+    if len(plans) == 1 and len(plans[0].rectangles) == 1:
+        (whole,) = plans[0].rectangles
+        if _size(whole.queries) == q.shape[1] and len(whole.keys) == 1:
+            out, lse = _flash(q, _take(k, whole.keys), _take(v, whole.keys), scale)
+            return out.contiguous(), lse.contiguous()
+    wide = torch.promote_types(q.dtype, torch.float32)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=wide, device=q.device)
+    for sample, its_plan in zip(_samples(len(plans)), plans, strict=True):
+        _forward_one(out[sample], lse[sample], q[sample], k[sample], v[sample], its_plan, scale)
+    return out, lse
+
+
+def _forward_one(out, lse, q, k, v, its_plan, scale):
+    done: list[Range] = []
+    for rectangle in its_plan.rectangles:
+        part, part_lse = _flash(
+            _take(q, rectangle.queries), _take(k, rectangle.keys), _take(v, rectangle.keys), scale
+        )
+        joins = bool(_intersect(tuple(done), rectangle.queries))
+        for (start, end), (a, b) in zip(rectangle.queries, _places(rectangle.queries), strict=True):
+            here, here_lse = out[:, start:end], lse[:, :, start:end]
+            if joins:
+                _join(here, here_lse, part[:, a:b], part_lse[:, :, a:b])
+            else:
+                here.copy_(part[:, a:b])
+                here_lse.copy_(part_lse[:, :, a:b])
+        done = list(_merge([*done, *rectangle.queries]))
+    for start, end in its_plan.alone:
+        out[:, start:end] = v[:, start:end]
+        own = torch.einsum("bnhe,bnhe->bhn", q[:, start:end], k[:, start:end])
+        lse[:, :, start:end] = own.to(lse.dtype) * scale
+    for start, end in its_plan.blind:
+        out[:, start:end] = 0
+        lse[:, :, start:end] = -torch.inf
+
+
+def _join(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    """Add the keys of `part` to the rows of `out`, in place."""
+    total = torch.logaddexp(lse, part_lse)
+    old, new = ((side - total).exp().transpose(1, 2)[..., None] for side in (lse, part_lse))
+    out.copy_(out * old + part * new)
+    lse.copy_(total)
+
+
+def backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    plans: list[Plan], scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of `q`, `k` and `v`; `out` and `lse` are those of `forward`."""
+    if len(plans) == 1 and len(plans[0].rectangles) == 1:
+        (whole,) = plans[0].rectangles
+        if _size(whole.queries) == q.shape[1] and whole.keys == ((0, k.shape[1]),):
+            return _flash_backward(dout, q, k, v, out, lse, scale)
+    dq, dk, dv = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    for sample, its_plan in zip(_samples(len(plans)), plans, strict=True):
+        for queries, keys in its_plan.rectangles:
+            parts = _flash_backward(
+                *(_take(t[sample], queries) for t in (dout, q)),
+                *(_take(t[sample], keys) for t in (k, v)),
+                _take(out[sample], queries),
+                _take(lse[sample], queries, dim=2),
+                scale,
+            )
+            _add(dq[sample], queries, parts[0])
+            _add(dk[sample], keys, parts[1])
+            _add(dv[sample], keys, parts[2])
+        for start, end in its_plan.alone:
+            dv[sample, start:end] += dout[sample, start:end]
+    return dq, dk, dv
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """(B, N, heads, E) attention and its lse (B, heads, N), by PyTorch's kernel of the device."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+    return out.transpose(1, 2), lse
+
+
+def _flash_backward(dout, q, k, v, out, lse, scale):
+    dout, q, k, v, out = (t.transpose(1, 2) for t in (dout, q, k, v, out))
+    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        dout, q, k, v, out, lse, 0.0, False, scale=scale
+    )
+    return tuple(grad.transpose(1, 2) for grad in grads)
+
+
+def _samples(plans: int) -> list[slice]:
+    return [slice(None)] if plans == 1 else [slice(b, b + 1) for b in range(plans)]
+
+
+def _take(tensor: Tensor, ranges: Ranges, dim: int = 1) -> Tensor:
+    """The ranges of one axis: a view of one range, a copy of several."""
+    parts = [tensor.narrow(dim, start, end - start) for start, end in ranges]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _add(tensor: Tensor, ranges: Ranges, part: Tensor) -> None:
+    for (start, end), (a, b) in zip(ranges, _places(ranges), strict=True):
+        tensor[:, start:end] += part[:, a:b]
+
+
+def _places(ranges: Ranges) -> Iterator[Range]:
+    """Where each range lies once they are laid end to end."""
+    at = 0
+    for start, end in ranges:
+        yield at, at + end - start
+        at += end - start
+
+
+def _size(ranges: Ranges) -> int:
+    return sum(end - start for start, end in ranges)
+
+
+def _merge(ranges: Iterable[Range]) -> Ranges:
+    merged: list[Range] = []
+    for start, end in sorted(ranges):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return tuple(merged)
+
+
+def _intersect(left: Ranges, right: Ranges) -> Ranges:
+    pairs = ((max(a, c), min(b, d)) for a, b in left for c, d in right)
+    return _merge(pair for pair in pairs if pair[0] < pair[1])
+
+
+def _subtract(left: Ranges, right: Ranges) -> Ranges:
+    for cut_start, cut_end in right:
+        pieces = ((a, min(b, cut_start)) for a, b in left)
+        others = ((max(a, cut_end), b) for a, b in left)
+        left = tuple(sorted(p for p in (*pieces, *others) if p[0] < p[1]))
+    return left
