@@ -51,7 +51,7 @@ def compile_variant(variant, architecture: str):
     }
     constants = {name: value for name, value in variant.constants.items() if name in names}
     source = ASTSource(variant.kernel, signature, constants, multiples)
-    options = {"num_warps": variant.num_warps}
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
     if architecture.startswith("gfx"):
         target = GPUTarget("hip", architecture, 64)
     else:

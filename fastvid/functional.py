@@ -4,6 +4,8 @@ Every op works under autograd, `torch.compile`, `torch.export` and on meta tenso
 whatever device its tensors are on.
 """
 
+from fastvid.kernels._shared.visibility import FrameLayout, Visibility
+from fastvid.kernels.masked_attention.op import masked_attention
 from fastvid.kernels.modulate.op import norm_modulate
 
-__all__ = ["norm_modulate"]
+__all__ = ["FrameLayout", "Visibility", "masked_attention", "norm_modulate"]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 FIELDS = 5  # first token, end, number of spans, self-only, end of the valid tokens
-_FAR = 2**31 - 1
+FAR = 2**31 - 1
 
 torch.library.define(
     "fastvid::visibility_intervals",
@@ -43,9 +43,7 @@ def _(table, query_offsets, key_offsets, self_only, key_lengths):
 build = torch.ops.fastvid.visibility_intervals.default
 
 
-def empty_tables(
-    table: Tensor, *others: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def empty_tables(table: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four uninitialised int32 tables, in the order in which `build` returns them."""
     B = common_batch(table, *others)
     F, G = table.shape[1:]
@@ -120,6 +118,6 @@ def _runs(seen, own, other, alone):
     order = work.argsort(dim=-1, descending=True, stable=True)[:, :, None]
     frames = pad(frames.gather(1, order.expand(-1, -1, FIELDS)), (0, 0, 0, 1))
     frames[:, -1, 0] = own_end[:, -1] if F else 0
-    frames[:, -1, 1] = frames[:, -1, 4] = _FAR
+    frames[:, -1, 1] = frames[:, -1, 4] = FAR
     spans = spans.gather(1, order[..., None].expand(-1, -1, G, 2))
     return frames, pad(spans, (0, 0, 0, 0, 0, 1))

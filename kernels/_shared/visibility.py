@@ -30,7 +30,7 @@ class FrameLayout:
             them), or an integer tensor `(F,)` or `(B, F)`.
         device: where the tables live; a tensor stays where it is unless this is given.
     Raises:
-        TypeError, ValueError: lengths that are not whole numbers >= 0, or lists that differ in size.
+        TypeError, ValueError: lengths that are not whole numbers >= 0, or lists of several sizes.
 
     Lists and CPU tensors leave a copy on the host, against which sizes are checked. A tensor that
     is already on a GPU is never read back.
@@ -65,8 +65,10 @@ class FrameLayout:
 
     @property
     def tokens(self) -> int | None:
-        """Tokens of the longest sample, or None where only the GPU knows."""
-        return None if self.host is None else max((sum(row) for row in self.host), default=0)
+        """Tokens of the longest sample, or None where only the GPU knows, or inside a graph."""
+        if self.host is None or torch.compiler.is_compiling():
+            return None
+        return max((sum(row) for row in self.host), default=0)
 
     def frame_of_token(self, tokens: int) -> Tensor:
         """(B or 1, tokens) int64: the frame of each token; `frames` for a token of no frame."""
@@ -119,16 +121,24 @@ class Visibility:
         tables = (
             self.table, queries.offsets, self.keys.offsets, self.self_only, self.key_lengths
         )  # fmt: skip
-        self.batch = intervals.common_batch(*tables)
-        if any(t is not None and len(t) not in (1, self.batch) for t in tables):
+        batch = intervals.common_batch(*tables)
+        if any(t is not None and len(t) not in (1, batch) for t in tables):
             sizes = [len(t) for t in tables if t is not None]
             raise ValueError(f"table and layouts must have one batch size, or 1, got {sizes}")
         self.rows, self.row_spans, self.columns, self.column_spans = intervals.build(*tables)
+        self.sees_all = False  # True is a fact that the host knows; False may be ignorance
+
+    @property
+    def batch(self) -> int:
+        return self.rows.shape[0]
 
     @classmethod
     def full(cls, layout: FrameLayout, keys: FrameLayout | None = None) -> Visibility:
         """Every frame sees every frame."""
-        return cls._by_frame(layout, lambda query, key: (query >= 0) & (key >= 0), keys)
+        every = cls._by_frame(layout, lambda query, key: (query >= 0) & (key >= 0), keys)
+        hosts = (every.queries.host, every.keys.host)
+        every.sees_all = all(h is not None and len({sum(row) for row in h}) == 1 for h in hosts)
+        return every
 
     @classmethod
     def causal(cls, layout: FrameLayout) -> Visibility:
@@ -270,7 +280,10 @@ class Visibility:
 
     def to(self, device: torch.device | str) -> Visibility:
         """The same visibility with its tables on `device`."""
-        return pytree.tree_map_only(Tensor, lambda table: table.to(device), self)
+        moved = pytree.tree_map_only(Tensor, lambda table: table.to(device), self)
+        moved.queries.host, moved.keys.host = self.queries.host, self.keys.host
+        moved.sees_all = self.sees_all
+        return moved
 
     def __repr__(self) -> str:
         table = self._open_table()[0].tolist()
@@ -315,32 +328,49 @@ def _boolean(
 _TABLES = ("table", "self_only", "key_lengths", "rows", "row_spans", "columns", "column_spans")
 
 
-def _flatten_layout(layout: FrameLayout) -> tuple[list[Any], Any]:
-    return [layout.lengths, layout.offsets], layout.host
+_OFFSETS = ("lengths", "offsets")
 
 
-def _unflatten_layout(tensors: Any, host: Any) -> FrameLayout:
+# What the host knows is no part of a tree: a graph made for one layout serves every other.
+def _flatten_layout(layout: FrameLayout) -> tuple[list[Any], None]:
+    return [getattr(layout, name) for name in _OFFSETS], None
+
+
+def _unflatten_layout(tensors: Any, _: None) -> FrameLayout:
     layout = object.__new__(FrameLayout)
     layout.lengths, layout.offsets = tensors
-    layout.host = host
+    layout.host = None
     return layout
 
 
-def _flatten_visibility(visibility: Visibility) -> tuple[list[Any], Any]:
+def _flatten_visibility(visibility: Visibility) -> tuple[list[Any], None]:
     tables = [getattr(visibility, name) for name in _TABLES]
-    return [visibility.queries, visibility._other_keys(), *tables], visibility.batch
+    return [visibility.queries, visibility._other_keys(), *tables], None
 
 
-def _unflatten_visibility(parts: Any, batch: Any) -> Visibility:
+def _unflatten_visibility(parts: Any, _: None) -> Visibility:
     visibility = object.__new__(Visibility)
     visibility.queries, keys, *tables = parts
     visibility.keys = visibility.queries if keys is None else keys
-    visibility.batch = batch
+    visibility.sees_all = False
     for name, table in zip(_TABLES, tables, strict=True):
         setattr(visibility, name, table)
     return visibility
 
 
+def _with_names(flatten: Callable, names: Sequence[str]) -> Callable:
+    def flatten_with_keys(value: Any) -> tuple[list[Any], None]:
+        keys = [pytree.GetAttrKey(name) for name in names]
+        return list(zip(keys, flatten(value)[0], strict=True)), None
+
+    return flatten_with_keys
+
+
 # The functions' own names are private, their home is not: the public torch.utils.pytree has none.
-pytree.register_pytree_node(FrameLayout, _flatten_layout, _unflatten_layout)
-pytree.register_pytree_node(Visibility, _flatten_visibility, _unflatten_visibility)
+for _kind, _flatten, _unflatten, _names in (
+    (FrameLayout, _flatten_layout, _unflatten_layout, _OFFSETS),
+    (Visibility, _flatten_visibility, _unflatten_visibility, ("queries", "keys", *_TABLES)),
+):
+    pytree.register_pytree_node(
+        _kind, _flatten, _unflatten, flatten_with_keys_fn=_with_names(_flatten, _names)
+    )

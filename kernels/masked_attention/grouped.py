@@ -20,6 +20,9 @@ Ranges = tuple[Range, ...]
 # Below so many query rows the CPU's flash kernel takes smaller blocks and loses a third of its
 # rate; sums over fewer rows are merged on the keys that they share.
 FULL_RATE_ROWS = 768
+# At most so many tokens of either side go into one call, so that what a call returns, before it is
+# put where it belongs, stays small beside the tensors themselves.
+MOST_TOKENS = 1024
 
 
 class Rectangle(NamedTuple):
@@ -111,20 +114,20 @@ def forward(
 
 
 def _forward_one(out, lse, q, k, v, its_plan, scale):
-    done: list[Range] = []
-    for rectangle in its_plan.rectangles:
-        part, part_lse = _flash(
-            _take(q, rectangle.queries), _take(k, rectangle.keys), _take(v, rectangle.keys), scale
-        )
-        joins = bool(_intersect(tuple(done), rectangle.queries))
-        for (start, end), (a, b) in zip(rectangle.queries, _places(rectangle.queries), strict=True):
-            here, here_lse = out[:, start:end], lse[:, :, start:end]
-            if joins:
-                _join(here, here_lse, part[:, a:b], part_lse[:, :, a:b])
-            else:
-                here.copy_(part[:, a:b])
-                here_lse.copy_(part_lse[:, :, a:b])
-        done = list(_merge([*done, *rectangle.queries]))
+    done: Ranges = ()
+    for whole, keys in its_plan.rectangles:
+        its_k, its_v = _take(k, keys), _take(v, keys)
+        joins = bool(_intersect(done, whole))
+        for queries in _blocks(whole):
+            part, part_lse = _flash(_take(q, queries), its_k, its_v, scale)
+            for (start, end), (a, b) in zip(queries, _places(queries), strict=True):
+                here, here_lse = out[:, start:end], lse[:, :, start:end]
+                if joins:
+                    _join(here, here_lse, part[:, a:b], part_lse[:, :, a:b])
+                else:
+                    here.copy_(part[:, a:b])
+                    here_lse.copy_(part_lse[:, :, a:b])
+        done = _merge([*done, *whole])
     for start, end in its_plan.alone:
         out[:, start:end] = v[:, start:end]
         own = torch.einsum("bnhe,bnhe->bhn", q[:, start:end], k[:, start:end])
@@ -153,17 +156,16 @@ def backward(
             return _flash_backward(dout, q, k, v, out, lse, scale)
     dq, dk, dv = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     for sample, its_plan in zip(_samples(len(plans)), plans, strict=True):
-        for queries, keys in its_plan.rectangles:
-            parts = _flash_backward(
-                *(_take(t[sample], queries) for t in (dout, q)),
-                *(_take(t[sample], keys) for t in (k, v)),
-                _take(out[sample], queries),
-                _take(lse[sample], queries, dim=2),
-                scale,
-            )
-            _add(dq[sample], queries, parts[0])
-            _add(dk[sample], keys, parts[1])
-            _add(dv[sample], keys, parts[2])
+        for rectangle in its_plan.rectangles:
+            for queries in _blocks(rectangle.queries):
+                its_dout, its_q, its_out = (_take(t[sample], queries) for t in (dout, q, out))
+                its_lse = _take(lse[sample], queries, dim=2)
+                for keys in _blocks(rectangle.keys):
+                    its_k, its_v = _take(k[sample], keys), _take(v[sample], keys)
+                    parts = _flash_backward(its_dout, its_q, its_k, its_v, its_out, its_lse, scale)
+                    _add(dq[sample], queries, parts[0])
+                    _add(dk[sample], keys, parts[1])
+                    _add(dv[sample], keys, parts[2])
         for start, end in its_plan.alone:
             dv[sample, start:end] += dout[sample, start:end]
     return dq, dk, dv
@@ -197,6 +199,23 @@ def _take(tensor: Tensor, ranges: Ranges, dim: int = 1) -> Tensor:
 def _add(tensor: Tensor, ranges: Ranges, part: Tensor) -> None:
     for (start, end), (a, b) in zip(ranges, _places(ranges), strict=True):
         tensor[:, start:end] += part[:, a:b]
+
+
+def _blocks(ranges: Ranges) -> Iterator[Ranges]:
+    """The ranges, in order, in groups of MOST_TOKENS tokens; the last group may be smaller."""
+    block: list[Range] = []
+    room = MOST_TOKENS
+    for start, end in ranges:
+        while start < end:
+            stop = min(end, start + room)
+            block.append((start, stop))
+            room -= stop - start
+            start = stop
+            if room == 0:
+                yield tuple(block)
+                block, room = [], MOST_TOKENS
+    if block:
+        yield tuple(block)
 
 
 def _places(ranges: Ranges) -> Iterator[Range]:

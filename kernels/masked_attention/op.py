@@ -1,6 +1,7 @@
 """`masked_attention`: the registered op, its gradient, and the public function."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .._shared.checks import expect_device, expect_float, expect_shape
@@ -140,14 +141,18 @@ def masked_attention(
             raise ValueError(
                 f"visibility.{side} must sum to {tokens} tokens, got {layout.tokens} in {layout}"
             )
-    out, lse = _masked_attention(
-        q,
-        k,
-        v,
-        visibility.rows,
-        visibility.row_spans,
-        visibility.columns,
-        visibility.column_spans,
-        E**-0.5 if scale is None else scale,
-    )
+    scale = E**-0.5 if scale is None else scale
+    # A compiled graph must not depend on what the host happens to know.
+    if not (return_lse or torch.compiler.is_compiling()) and _vendor_serves(q, visibility):
+        announce("masked_attention", "SDPA, since nothing is hidden")
+        heads_first = (tensor.transpose(1, 2) for tensor in (q, k, v))
+        out = F.scaled_dot_product_attention(*heads_first, scale=scale)
+        return out.transpose(1, 2).contiguous()
+    tables = visibility.rows, visibility.row_spans, visibility.columns, visibility.column_spans
+    out, lse = _masked_attention(q, k, v, *tables, scale)
     return (out, lse) if return_lse else out
+
+
+def _vendor_serves(q: Tensor, visibility: Visibility) -> bool:
+    """Whether PyTorch's own attention takes the call: on a GPU, where nothing is hidden."""
+    return q.is_cuda and visibility.sees_all
