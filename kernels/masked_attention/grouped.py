@@ -100,7 +100,8 @@ def forward(
     `plans` holds one plan for the whole batch, or one a sample. Returns out (B, N, heads, E) and
     lse (B, heads, N), float32 or, for float64 input, float64.
     """
-    if len(plans) == 1 and len(plans[0].rectangles) == 1:
+    q, k, v = (_heads_together(tensor) for tensor in (q, k, v))
+    if q.numel() and len(plans) == 1 and len(plans[0].rectangles) == 1:
         (whole,) = plans[0].rectangles
         if _size(whole.queries) == q.shape[1] and len(whole.keys) == 1:
             out, lse = _flash(q, _take(k, whole.keys), _take(v, whole.keys), scale)
@@ -108,6 +109,8 @@ def forward(
     wide = torch.promote_types(q.dtype, torch.float32)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=wide, device=q.device)
+    if not out.numel():  # the kernels divide by the batch and by the heads
+        return out, lse
     for sample, its_plan in zip(_samples(len(plans)), plans, strict=True):
         _forward_one(out[sample], lse[sample], q[sample], k[sample], v[sample], its_plan, scale)
     return out, lse
@@ -128,10 +131,10 @@ def _forward_one(out, lse, q, k, v, its_plan, scale):
                     here.copy_(part[:, a:b])
                     here_lse.copy_(part_lse[:, :, a:b])
         done = _merge([*done, *whole])
-    for start, end in its_plan.alone:
+    for start, end in (piece for block in _blocks(its_plan.alone) for piece in block):
         out[:, start:end] = v[:, start:end]
-        own = torch.einsum("bnhe,bnhe->bhn", q[:, start:end], k[:, start:end])
-        lse[:, :, start:end] = own.to(lse.dtype) * scale
+        own = (q[:, start:end].to(lse.dtype) * k[:, start:end]).sum(-1)
+        lse[:, :, start:end] = own.mT * scale
     for start, end in its_plan.blind:
         out[:, start:end] = 0
         lse[:, :, start:end] = -torch.inf
@@ -150,11 +153,14 @@ def backward(
     plans: list[Plan], scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of `q`, `k` and `v`; `out` and `lse` are those of `forward`."""
-    if len(plans) == 1 and len(plans[0].rectangles) == 1:
+    dout, q, k, v = (_heads_together(tensor) for tensor in (dout, q, k, v))
+    if q.numel() and len(plans) == 1 and len(plans[0].rectangles) == 1:
         (whole,) = plans[0].rectangles
         if _size(whole.queries) == q.shape[1] and whole.keys == ((0, k.shape[1]),):
             return _flash_backward(dout, q, k, v, out, lse, scale)
     dq, dk, dv = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    if not dq.numel():
+        return dq, dk, dv
     for sample, its_plan in zip(_samples(len(plans)), plans, strict=True):
         for rectangle in its_plan.rectangles:
             for queries in _blocks(rectangle.queries):
@@ -184,6 +190,11 @@ def _flash_backward(dout, q, k, v, out, lse, scale):
         dout, q, k, v, out, lse, 0.0, False, scale=scale
     )
     return tuple(grad.transpose(1, 2) for grad in grads)
+
+
+def _heads_together(tensor: Tensor) -> Tensor:
+    # PyTorch's kernel takes the last stride for 1 without looking.
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _samples(plans: int) -> list[slice]:
