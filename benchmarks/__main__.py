@@ -16,7 +16,7 @@ def main(argv: list[str]) -> int:
         print("usage: python -m benchmarks VERB ...\n")
         print("\n".join(f"  {verb:<9} {line}" for verb, line in VERBS.items()))
         return 0 if argv and argv[0] in ("-h", "--help") else 2
-    module = "run_kernels" if argv[0] == "kernels" else argv[0]
+    module = "run" if argv[0] == "kernels" else argv[0]
     return importlib.import_module(f"benchmarks.{module}").main(argv[1:])
 
 

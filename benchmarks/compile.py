@@ -15,6 +15,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
+
+from fastvid.kernels._shared.variants import Variant
 
 KERNELS = Path(__file__).parent.parent / "kernels"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
@@ -28,12 +31,12 @@ def rooms() -> list[str]:
     return sorted(path.parent.name for path in KERNELS.glob("*/kernel.py"))
 
 
-def variants(room: str) -> list:
+def variants(room: str) -> list[Variant]:
     """The `VARIANTS` of a room."""
     return importlib.import_module(f"fastvid.kernels.{room}.kernel").VARIANTS
 
 
-def compile_variant(variant, architecture: str):
+def compile_variant(variant: Variant, architecture: str) -> Any:
     """The compiled kernel, with its assembly at every level in `.asm`."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -61,7 +64,7 @@ def compile_variant(variant, architecture: str):
     return triton.compile(source, target=target, options=options)
 
 
-def resources(compiled) -> dict[str, int]:
+def resources(compiled: Any) -> dict[str, int]:
     """What a compilation for an NVIDIA architecture uses, per thread or per program."""
     from triton import knobs
 

@@ -53,21 +53,33 @@ inline void load_row(const T* in, float* row, int64_t D) {
   for (int64_t d = 0; d < D; ++d) row[d] = widen(in[d]);
 }
 
-inline float centre_row(float* row, int64_t D) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t d = 0; d < D; ++d) sum += row[d];
-  const float mean = sum / D;
+template <typename F, typename T>
+inline void store_row(const F* row, T* out, int64_t D) {
 #pragma omp simd
-  for (int64_t d = 0; d < D; ++d) row[d] -= mean;
-  return mean;
+  for (int64_t d = 0; d < D; ++d) narrow(float(row[d]), out + d);
 }
 
-inline float rstd_of_row(const float* row, int64_t D, float eps) {
+template <typename T>
+inline float load_and_sum(const T* in, float* row, int64_t D) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t d = 0; d < D; ++d) {
+    const float value = widen(in[d]);
+    row[d] = value;
+    sum += value;
+  }
+  return sum;
+}
+
+inline float centre_and_square(float* row, float mean, int64_t D) {
   float squares = 0;
 #pragma omp simd reduction(+ : squares)
-  for (int64_t d = 0; d < D; ++d) squares += row[d] * row[d];
-  return 1 / std::sqrt(squares / D + eps);
+  for (int64_t d = 0; d < D; ++d) {
+    const float value = row[d] - mean;
+    row[d] = value;
+    squares += value * value;
+  }
+  return squares;
 }
 
 struct Sizes {
@@ -108,9 +120,10 @@ FOR_EVERY_CPU void forward_rows(int64_t first, int64_t last, Sizes size, Rows<X>
       load_row(scale.at(b, g), gain, D);
       load_row(shift.at(b, g), offset, D);
     }
-    load_row(x.at(b, n), row, D);
-    if (!rms) mean[at] = centre_row(row, D);
-    const float r = rstd[at] = rstd_of_row(row, D, eps);
+    float m = load_and_sum(x.at(b, n), row, D) / D;
+    if (rms) m = 0;
+    else mean[at] = m;
+    const float r = rstd[at] = 1 / std::sqrt(centre_and_square(row, m, D) / D + eps);
     Y* out = y + at * D;
 #pragma omp simd
     for (int64_t d = 0; d < D; ++d) narrow(row[d] * r * (1 + gain[d]) + offset[d], out + d);
@@ -182,20 +195,21 @@ void forward(Tensor x, Tensor shift, Tensor scale, bool rms, double eps, Tensor 
   });
 }
 
-// Chunks depend on the shapes alone, never on the number of threads: the same bits everywhere.
-constexpr int64_t kTasks = 64, kShortestChunk = 16;
+// Tokens whose gradients of shift and scale are summed in a row, before the sums are added up: the
+// same whatever the number of threads, so the same bits; few, so that little is lost to rounding.
+constexpr int64_t kChunk = 32;
 
 void backward(Tensor dy, Tensor x, Tensor scale, Tensor mean, Tensor rstd, bool rms, Tensor dx,
               Tensor dshift, Tensor dscale) {
   const Sizes size = sizes_of(x, scale);
   const int64_t D = size.width, per_group = size.tokens / size.groups;
   const int64_t all_groups = size.batch * size.groups;
-  const int64_t wanted = std::max<int64_t>(1, kTasks / all_groups);
-  const int64_t chunk = std::max((per_group + wanted - 1) / wanted, kShortestChunk);
-  const int64_t chunks = (per_group + chunk - 1) / chunk, tasks = all_groups * chunks;
-  const std::unique_ptr<float[]> partials(new float[2 * tasks * D]);
+  const int64_t chunks = (per_group + kChunk - 1) / kChunk, tasks = all_groups * chunks;
+  const int64_t sharing = scale.size(0) < size.batch ? size.batch : 1;
+  const bool direct = chunks == 1 && sharing == 1;  // a chunk is all that its row is summed over
+  const std::unique_ptr<float[]> partials(direct ? nullptr : new float[2 * tasks * D]);
   float *shift_parts = partials.get(), *scale_parts = shift_parts + tasks * D;
-  const int64_t grain = std::max<int64_t>(1, 32768 / (D * std::min(chunk, per_group)));
+  const int64_t grain = std::max<int64_t>(1, 32768 / (D * std::min(kChunk, per_group)));
 
   with_type(x, [&](auto x_type) {
     with_type(scale, [&](auto m_type) {
@@ -203,39 +217,46 @@ void backward(Tensor dy, Tensor x, Tensor scale, Tensor mean, Tensor rstd, bool 
         using X = decltype(x_type);
         using M = decltype(m_type);
         using Y = decltype(y_type);
+        M* const results[] = {static_cast<M*>(dshift.data_ptr()),
+                              static_cast<M*>(dscale.data_ptr())};
         torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
-          std::vector<float> scratch(3 * D);
+          std::vector<float> scratch(5 * D);
+          float* const own = scratch.data() + 3 * D;
           for (int64_t task = begin; task < end; ++task) {
+            float* const shift_sum = direct ? own : shift_parts + task * D;
+            float* const scale_sum = direct ? own + D : scale_parts + task * D;
             const int64_t b = task / chunks / size.groups, g = task / chunks % size.groups;
-            const int64_t from = task % chunks * chunk;
-            const int64_t to = std::min(from + chunk, per_group);
+            const int64_t from = task % chunks * kChunk;
+            const int64_t to = std::min(from + kChunk, per_group);
             backward_rows<X, M, Y>(b, g, g * per_group + from, g * per_group + to, size,
                                    rows_of<Y>(dy), rows_of<X>(x), rows_of<M>(scale),
                                    static_cast<const float*>(mean.data_ptr()),
                                    static_cast<const float*>(rstd.data_ptr()), rms,
-                                   static_cast<X*>(dx.data_ptr()), shift_parts + task * D,
-                                   scale_parts + task * D, scratch.data());
+                                   static_cast<X*>(dx.data_ptr()), shift_sum, scale_sum,
+                                   scratch.data());
+            if (direct) {
+              store_row(shift_sum, results[0] + task * D, D);
+              store_row(scale_sum, results[1] + task * D, D);
+            }
           }
         });
+        if (direct) return;
 
         // Chunks of a group, and samples that share one modulation, are added in order.
-        const int64_t sharing = scale.size(0) < size.batch ? size.batch : 1;
-        M* const results[] = {static_cast<M*>(dshift.data_ptr()),
-                              static_cast<M*>(dscale.data_ptr())};
         const float* const parts[] = {shift_parts, scale_parts};
         const int64_t outputs = all_groups / sharing;
         torch::stable::parallel_for(0, 2 * outputs, 8, [&](int64_t begin, int64_t end) {
-          std::vector<float> sum(D);
+          std::vector<double> sum(D);  // few numbers, so precision is free
           for (int64_t at = begin; at < end; ++at) {
             const int64_t group = at % outputs;
-            std::fill(sum.begin(), sum.end(), 0.0f);
+            std::fill(sum.begin(), sum.end(), 0.0);
             for (int64_t b = 0; b < sharing; ++b) {
               const float* part = parts[at / outputs] + (b * size.groups + group) * chunks * D;
               for (int64_t c = 0; c < chunks; ++c, part += D)
                 for (int64_t d = 0; d < D; ++d) sum[d] += part[d];
             }
             M* out = results[at / outputs] + group * D;
-            for (int64_t d = 0; d < D; ++d) narrow(sum[d], out + d);
+            store_row(sum.data(), out, D);
           }
         });
       });

@@ -394,7 +394,7 @@ def _open(path: str, max_pixels: int) -> Any:
     options = {
         "format_whitelist": _FORMATS,
         "protocol_whitelist": "file",
-        "max_pixels": str(max_pixels),
+        "max_pixels": str(max_pixels),  # FFmpeg decodes frames to learn what a file holds
     }
     try:  # metadata may hold any bytes; an absolute path is never taken for a protocol
         return av.open(os.path.abspath(path), options=options, metadata_errors="ignore")

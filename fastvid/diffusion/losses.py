@@ -17,6 +17,7 @@ from .process import (
     add_noise,
     check_prediction,
     known_cells,
+    learned_log_variance,
     mix_known,
     posterior,
     predict_x0,
@@ -61,7 +62,8 @@ def diffusion_loss(
         A sample with every cell known has loss NaN where it cannot be refused without waiting for
         the device.
     Raises:
-        ValueError: nothing to generate, noise prediction at zero terminal SNR, or a shape.
+        ValueError: nothing to generate, noise prediction at zero terminal SNR, a shape, or on the
+            CPU an index outside the chain.
         TypeError: `known` is not bool, or `index` not int64.
     Source: Nichol & Dhariwal, arXiv:2102.09672 (hybrid loss); Lu et al., arXiv:2305.13311 (known).
     """
@@ -128,8 +130,7 @@ def _bits(
     x0 = predict_x0(predicted, x, index, schedule, prediction)
     mean, _, true_log = posterior(x0, x, index, schedule)
     true_mean, _, _ = posterior(clean, x, index, schedule)
-    high = schedule.gather("log_betas", index, x)
-    log_variance = true_log + (fraction + 1) / 2 * (high - true_log)
+    log_variance = learned_log_variance(fraction, index, schedule)
     gap = (true_mean - mean).square()
     kl = 0.5 * (log_variance - true_log - 1 + (true_log - log_variance).exp())
     kl = kl + 0.5 * gap * (-log_variance).exp()

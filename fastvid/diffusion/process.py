@@ -5,7 +5,7 @@ place in the chain, either an int (coefficients are Python numbers) or int64 (B,
 device of the tensors. Everything is differentiable and keeps the dtype of `x`.
 """
 
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
 from einops import rearrange
@@ -15,14 +15,6 @@ from .schedule import Schedule
 
 Prediction = Literal["eps", "v", "x0"]
 FixedVariance = Literal["small", "large"]
-
-
-class Moments(NamedTuple):
-    """One reverse step: x0 (B, C, T, H, W), the mean and log-variance of the cleaner state."""
-
-    x0: Tensor
-    mean: Tensor
-    log_variance: Tensor
 
 
 def add_noise(x0: Tensor, noise: Tensor, index: int | Tensor, schedule: Schedule) -> Tensor:
@@ -104,39 +96,14 @@ def posterior(
     return mean, _tensor(variance, x), _tensor(log_variance, x)
 
 
-def reverse_moments(
-    output: Tensor,
-    x: Tensor,
-    index: int | Tensor,
-    schedule: Schedule,
-    *,
-    prediction: Prediction = "eps",
-    clip: float | None = None,
-    fixed_variance: FixedVariance = "small",
-) -> Moments:
-    """Mean and log-variance of p(x_{t-1} | x_t = x) as a model sees it.
+def learned_log_variance(fraction: Tensor, index: int | Tensor, schedule: Schedule) -> Tensor:
+    """Log-variance of p(x_{t-1} | x_t) from the model's fraction (B, C, ...).
 
-    Args:
-        output: (B, C or 2C, ...) the model's prediction; 2C carries a learned variance.
-        x: (B, C, ...) noisy state at `index`.
-        clip: bound of |x0|, or None.
-        fixed_variance: without a learned one, `"small"` (posterior) or `"large"` (beta).
+    -1 is the posterior variance (clipped, as in `posterior`), 1 is beta; linear between them.
     """
-    predicted, fraction = split_variance(output, x.shape[1])
-    x0 = predict_x0(predicted, x, index, schedule, prediction)
-    if clip is not None:
-        x0 = x0.clamp(-clip, clip)
-    mean, _, low = posterior(x0, x, index, schedule)
-    if fraction is not None:
-        high = _coefficient("log_betas", index, schedule, x)
-        # The model's [-1, 1] runs from the posterior variance to beta, in logarithm.
-        log_variance = (low + (fraction + 1) / 2 * (high - low)).to(x.dtype)
-    else:
-        check_fixed_variance(fixed_variance)
-        table = "large_log_variance" if fixed_variance == "large" else None
-        fixed = low if table is None else _coefficient(table, index, schedule, x)
-        log_variance = _tensor(fixed, x).to(x.dtype).expand_as(x)
-    return Moments(x0, mean, log_variance)
+    low = _coefficient("posterior_log_variance_clipped", index, schedule, fraction)
+    high = _coefficient("log_betas", index, schedule, fraction)
+    return low + (fraction + 1) / 2 * (high - low)
 
 
 def split_variance(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:

@@ -1,13 +1,12 @@
 """Noise schedules: frozen float64 tables, and the ways to make, rescale and shorten a chain.
 
 A chain of S steps is given by `betas`; index 0 is the least noisy step and S - 1 the noisiest.
-`timestep_map[index]` is the number the model is told. Everything else is derived on first use.
+`timestep_map[index]` is the number the model is told. Everything else is derived from these two.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import accumulate, repeat
 from typing import Literal
 
@@ -31,6 +30,32 @@ class Schedule:
 
     betas: Tensor
     timestep_map: Tensor
+
+    alphas_cumprod: Tensor = field(init=False)
+    """Share of the data's variance left at each index."""
+    alphas_cumprod_prev: Tensor = field(init=False)
+    """`alphas_cumprod` one step cleaner; 1, clean data, before index 0."""
+    sqrt_alphas_cumprod: Tensor = field(init=False)
+    """alpha: the factor of the data in `alpha * x0 + sigma * noise`."""
+    sqrt_one_minus_alphas_cumprod: Tensor = field(init=False)
+    """sigma: the factor of the noise."""
+    sqrt_recip_alphas_cumprod: Tensor = field(init=False)
+    sqrt_recipm1_alphas_cumprod: Tensor = field(init=False)
+    posterior_variance: Tensor = field(init=False)
+    """Variance of q(x_{t-1} | x_t, x0); 0 at index 0."""
+    posterior_log_variance_clipped: Tensor = field(init=False)
+    """Its logarithm, with the -inf of index 0 replaced by the value of index 1."""
+    log_betas: Tensor = field(init=False)
+    """The upper end of a learned variance, in logarithm."""
+    large_log_variance: Tensor = field(init=False)
+    """The larger of the two fixed variances: `betas`, index 0 as in the clipped posterior."""
+    posterior_mean_coef1: Tensor = field(init=False)
+    """Factor of x0 in the mean of q(x_{t-1} | x_t, x0)."""
+    posterior_mean_coef2: Tensor = field(init=False)
+    """Factor of x_t in the mean of q(x_{t-1} | x_t, x0)."""
+    terminal_snr: float = field(init=False)
+    """Signal-to-noise ratio of the last step: exactly 0 where it holds nothing but noise."""
+
     _moved: dict[tuple[str, torch.device, torch.dtype], Tensor] = field(
         default_factory=dict, init=False
     )
@@ -56,6 +81,9 @@ class Schedule:
             )
         if (numbers.diff() <= 0).any() or numbers[0] < 0:
             raise ValueError("timestep_map must increase from 0 or above")
+        # Now, not on first use: the first to ask may be a function that is being compiled.
+        for name, table in _derived(betas).items():
+            object.__setattr__(self, name, table)
 
     def __len__(self) -> int:
         return len(self.betas)
@@ -66,71 +94,9 @@ class Schedule:
             f"Schedule(steps={len(self)}, timesteps={ends}, terminal_snr={self.terminal_snr:.3g})"
         )
 
-    @cached_property
-    def alphas_cumprod(self) -> Tensor:
-        """Share of the data's variance left at each index."""
-        return (1 - self.betas).cumprod(0)
-
-    @cached_property
-    def alphas_cumprod_prev(self) -> Tensor:
-        """`alphas_cumprod` one step cleaner; 1, clean data, before index 0."""
-        return torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
-
-    @cached_property
-    def sqrt_alphas_cumprod(self) -> Tensor:
-        """alpha: the factor of the data in `alpha * x0 + sigma * noise`."""
-        return self.alphas_cumprod.sqrt()
-
-    @cached_property
-    def sqrt_one_minus_alphas_cumprod(self) -> Tensor:
-        """sigma: the factor of the noise."""
-        return (1 - self.alphas_cumprod).sqrt()
-
-    @cached_property
-    def sqrt_recip_alphas_cumprod(self) -> Tensor:
-        return (1 / self.alphas_cumprod).sqrt()
-
-    @cached_property
-    def sqrt_recipm1_alphas_cumprod(self) -> Tensor:
-        return (1 / self.alphas_cumprod - 1).sqrt()
-
-    @cached_property
-    def posterior_variance(self) -> Tensor:
-        """Variance of q(x_{t-1} | x_t, x0); 0 at index 0."""
-        return self.betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
-
-    @cached_property
-    def posterior_log_variance_clipped(self) -> Tensor:
-        """Its logarithm, with the -inf of index 0 replaced by the value of index 1."""
-        variance = self.posterior_variance.clone()
-        variance[0] = variance[1] if len(self) > 1 else self.betas[0]
-        return variance.log()
-
-    @cached_property
-    def log_betas(self) -> Tensor:
-        """The upper end of a learned variance, in logarithm."""
-        return self.betas.log()
-
-    @cached_property
-    def large_log_variance(self) -> Tensor:
-        """The larger of the two fixed variances: `betas`, index 0 as in the clipped posterior."""
-        return torch.cat([self.posterior_log_variance_clipped[:1], self.log_betas[1:]])
-
-    @cached_property
-    def posterior_mean_coef1(self) -> Tensor:
-        """Factor of x0 in the mean of q(x_{t-1} | x_t, x0)."""
-        return self.betas * self.alphas_cumprod_prev.sqrt() / (1 - self.alphas_cumprod)
-
-    @cached_property
-    def posterior_mean_coef2(self) -> Tensor:
-        """Factor of x_t in the mean of q(x_{t-1} | x_t, x0)."""
-        left = 1 - self.alphas_cumprod_prev
-        return left * (1 - self.betas).sqrt() / (1 - self.alphas_cumprod)
-
-    @cached_property
-    def terminal_snr(self) -> float:
-        """Signal-to-noise ratio of the last step: exactly 0 where it holds nothing but noise."""
-        return float(self.alphas_cumprod[-1] / (1 - self.alphas_cumprod[-1]))
+    def __reduce__(self) -> tuple:
+        # What moved to a device stays behind: another process may not have that device.
+        return Schedule, (self.betas, self.timestep_map)
 
     def at(self, table: str, index: int) -> float:
         """One entry of a table, as a Python number: no device is asked."""
@@ -148,12 +114,17 @@ class Schedule:
         Returns:
             (B, 1, ...) or (1, 1, ...) with as many axes as `like`, on its device. The table moves
             there once, without waiting for the device.
+        Raises:
+            TypeError: `index` is of another type or shape.
+            ValueError: it lies outside the chain. Looked at on the CPU only: elsewhere that would
+                wait for the device.
         """
         if index.dtype != torch.int64 or index.shape not in ((like.shape[0],), (1,)):
             raise TypeError(
                 f"index must be int64 of shape ({like.shape[0]},) or (1,), got {index.dtype} of "
                 f"shape {tuple(index.shape)}"
             )
+        self._expect_inside(index)
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         key = table, like.device, dtype
         if key not in self._moved:
@@ -162,10 +133,42 @@ class Schedule:
 
     def timesteps(self, index: Tensor) -> Tensor:
         """The model's timesteps for `index` int64 (B,), on its device."""
+        self._expect_inside(index)
         key = "timestep_map", index.device, torch.int64
         if key not in self._moved:
             self._moved[key] = self.timestep_map.to(index.device, non_blocking=True)
         return self._moved[key][index]
+
+    def _expect_inside(self, index: Tensor) -> None:
+        if index.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        low, high = (int(end) for end in index.aminmax())
+        if low < 0 or high >= len(self):
+            raise ValueError(f"index must be in [0, {len(self)}), got {low} to {high}")
+
+
+def _derived(betas: Tensor) -> dict[str, Tensor | float]:
+    """Everything that a chain's betas settle, by the name of its field."""
+    left = (1 - betas).cumprod(0)
+    before = torch.cat([torch.ones(1, dtype=torch.float64), left[:-1]])
+    variance = betas * (1 - before) / (1 - left)
+    clipped = variance.clone()
+    clipped[0] = variance[1] if len(betas) > 1 else betas[0]
+    return {
+        "alphas_cumprod": left,
+        "alphas_cumprod_prev": before,
+        "sqrt_alphas_cumprod": left.sqrt(),
+        "sqrt_one_minus_alphas_cumprod": (1 - left).sqrt(),
+        "sqrt_recip_alphas_cumprod": (1 / left).sqrt(),
+        "sqrt_recipm1_alphas_cumprod": (1 / left - 1).sqrt(),
+        "posterior_variance": variance,
+        "posterior_log_variance_clipped": clipped.log(),
+        "log_betas": betas.log(),
+        "large_log_variance": torch.cat([clipped[:1], betas[1:]]).log(),
+        "posterior_mean_coef1": betas * before.sqrt() / (1 - left),
+        "posterior_mean_coef2": (1 - before) * (1 - betas).sqrt() / (1 - left),
+        "terminal_snr": float(left[-1] / (1 - left[-1])),
+    }
 
 
 def _chain(betas: Tensor) -> Schedule:
@@ -231,8 +234,10 @@ def respace(
             * `[10, 15, 20]` or `"10,15,20"`: the chain is cut in equal sections and each keeps that
               many, its two ends among them; the first number is for the cleanest section;
             * `"ddim50"`: every S/50-th from index 0, by a whole stride.
+            One step alone is the last, whatever the form: sampling starts at pure noise.
         spacing: `"linspace"` keeps both ends of the chain; `"leading"` goes up from index 0 by a
-            whole stride; `"trailing"` goes down from the last, which zero terminal SNR needs.
+            whole stride; `"trailing"` goes down from the last. Zero terminal SNR needs the last
+            step, which "leading" and "ddim50" leave out.
     Raises:
         ValueError: more steps than there are, no such whole stride, or a string not as above.
     Source: Nichol & Dhariwal, arXiv:2102.09672 (sections); Song et al., arXiv:2010.02502 (stride);
@@ -258,7 +263,7 @@ def respace(
             raise ValueError(f"spacing must be linspace with sections, got {spacing!r}")
         else:
             kept = _sections(total, counts)
-    index = torch.tensor(kept)
+    index = torch.tensor(kept if len(kept) > 1 else [total - 1])
     return _from_cumprod(schedule.alphas_cumprod[index], schedule.timestep_map[index])
 
 

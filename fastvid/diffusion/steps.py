@@ -9,7 +9,14 @@ import math
 import torch
 from torch import Tensor
 
-from .process import FixedVariance, Prediction, check_prediction, split_variance
+from .process import (
+    FixedVariance,
+    Prediction,
+    check_fixed_variance,
+    check_prediction,
+    learned_log_variance,
+    split_variance,
+)
 from .schedule import Schedule
 
 
@@ -31,26 +38,25 @@ def ddpm_step(
         output: (B, C or 2C, ...) of the model.
         x: (B, C, ...) state at `index`.
         noise: (B, C, ...) standard normal; not used at index 0, None: the mean alone.
-        out: buffer for the result, not `x`.
+        out: buffer for the result, may be `x`, must not share memory with `output` or `noise`.
     Returns:
         (B, C, ...), `out` where given.
+    Raises:
+        ValueError: an argument is not as above, or noise prediction at zero terminal SNR.
     """
+    check_fixed_variance(fixed_variance)
+    _expect_apart(output, out)
     predicted, fraction = split_variance(output, x.shape[1])
     of_x0 = schedule.at("posterior_mean_coef1", index)
     of_x = schedule.at("posterior_mean_coef2", index)
     mean = _from_x0(predicted, x, of_x0, of_x, index, schedule, prediction, clip, out)
     if noise is None or index == 0:
         return mean
-    low = schedule.at("posterior_log_variance_clipped", index)
-    if fraction is None:
-        log_variance = (
-            schedule.at("large_log_variance", index) if fixed_variance == "large" else low
-        )
-        return mean.add_(noise, alpha=math.exp(log_variance / 2))
-    # sigma = exp(half the log-variance), which runs from low to high over fraction in [-1, 1]
-    reach = schedule.at("log_betas", index) - low
-    sigma = (fraction.to(x.dtype) * (reach / 4)).add_(low / 2 + reach / 4).exp_()
-    return mean.addcmul_(sigma, noise)
+    if fraction is not None:
+        log_variance = learned_log_variance(fraction.to(x.dtype), index, schedule)
+        return mean.addcmul_(log_variance.div_(2).exp_(), noise)
+    table = "large_log_variance" if fixed_variance == "large" else "posterior_log_variance_clipped"
+    return mean.add_(noise, alpha=math.exp(schedule.at(table, index) / 2))
 
 
 def ddim_step(
@@ -70,6 +76,7 @@ def ddim_step(
     With `clip`, the noise direction follows the clipped x0.
     """
     check_eta(eta)
+    _expect_apart(output, out)
     predicted, _ = split_variance(output, x.shape[1])
     left = schedule.at("alphas_cumprod", index)
     left_next = schedule.at("alphas_cumprod_prev", index)
@@ -102,6 +109,7 @@ def ddim_inverse_step(
     """
     if not -1 <= index < len(schedule) - 1:
         raise ValueError(f"index must be in [-1, {len(schedule) - 1}), got {index}")
+    _expect_apart(output, out)
     predicted, _ = split_variance(output, x.shape[1])
     at = max(index, 0)
     left, left_next = (schedule.at("alphas_cumprod", i) for i in (at, index + 1))
@@ -146,6 +154,13 @@ def _from_x0(
         return torch.mul(x, of_x + of_x0 * a, out=out).add_(predicted, alpha=of_x0 * b)
     x0 = (x * a).add_(predicted, alpha=b).clamp_(-clip, clip)
     return torch.mul(x, of_x, out=out).add_(x0, alpha=of_x0)
+
+
+def _expect_apart(output: Tensor, out: Tensor | None) -> None:
+    if out is output:
+        raise ValueError(
+            "out must be another tensor than output, which is read after the first write"
+        )
 
 
 def check_eta(eta: float) -> None:

@@ -80,11 +80,16 @@ def arbitrary_interpolation(
 def complete(
     frames: int, height: int, width: int, given: int | None, batch: int, generator: Generator | None
 ) -> Tensor:
-    """Half of every frame is given, in blocks; up to 3 whole frames at each end."""
-    if given is not None:
-        raise ValueError(f"given must be None for this task, got {given}")
+    """Half of every frame is given, in blocks; whole frames at the ends, up to 3 at each.
+
+    `given` frames are whole: half of them first, half last, an odd one first.
+    """
     known = torch.ones(batch, frames, height, width, dtype=torch.bool)
-    ends = torch.randint(0, min(3, (frames - 1) // 2) + 1, (batch, 2), generator=generator)
+    if given is None:
+        ends = torch.randint(0, min(3, (frames - 1) // 2) + 1, (batch, 2), generator=generator)
+    else:
+        count = _given(given, frames, 0, least=0)
+        ends = torch.tensor([count - count // 2, count // 2]).expand(batch, 2)
     for sample, (first, last) in zip(known, ends.tolist(), strict=True):
         sample[first : frames - last] = ~block_cells(height, width, generator=generator)
     return known
@@ -179,24 +184,31 @@ def block_cells(
     cells = torch.zeros(height, width, dtype=torch.bool)
     target = max(1, int(share * height * width))
     while (wanting := target - int(cells.sum())) >= 4:
-        area, aspect, top, left = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
-        size = 4 + area * (wanting - 4)
-        ratio = 0.3 ** (1 - 2 * aspect)
-        tall = min(height, max(1, round(math.sqrt(size * ratio))))
-        wide = min(width, max(1, round(math.sqrt(size / ratio))))
-        top = int(top * (height - tall + 1))
-        left = int(left * (width - wide + 1))
-        cells[top : top + tall, left : left + wide] = True
+        cells[_rectangle(height, width, wanting, generator)] = True
     flat = cells.flatten()
     pool = (flat if wanting < 0 else ~flat).nonzero().flatten()
     flat[pool[torch.randperm(len(pool), generator=generator)[: abs(wanting)]]] = wanting > 0
     return flat.reshape(height, width)
 
 
-def _given(given: int | None, frames: int, default: int) -> int:
+def _rectangle(
+    height: int, width: int, most: int, generator: Generator | None
+) -> tuple[slice, slice]:
+    """Rows and columns of one rectangle of about 4 to `most` cells, anywhere in the grid."""
+    area, aspect, top, left = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
+    size = 4 + area * (most - 4)
+    ratio = 0.3 ** (1 - 2 * aspect)  # height to width
+    tall = min(height, max(1, round(math.sqrt(size * ratio))))
+    wide = min(width, max(1, round(math.sqrt(size / ratio))))
+    first, start = int(top * (height - tall + 1)), int(left * (width - wide + 1))
+    return slice(first, first + tall), slice(start, start + wide)
+
+
+def _given(given: int | None, frames: int, default: int, *, least: int = 1) -> int:
     count = default if given is None else given
-    if not 0 < count < frames:
+    if not least <= count < frames:
         raise ValueError(
-            f"given must be at least 1 and leave one of {frames} frames to generate, got {count}"
+            f"given must be at least {least} and leave one of {frames} frames to generate, "
+            f"got {count}"
         )
     return count

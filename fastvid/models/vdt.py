@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -93,11 +93,13 @@ class Block(nn.Module):
         Where nothing is recorded for a backward, `x` itself is updated.
         """
         rows = _rows_at_once(x)
-        for tokens in x.split(max(rows // x.shape[1], 1), dim=2) if rows else (x,):
-            y = self._over_time(tokens)
-        for frames in x.split(max(rows // x.shape[2], 1), dim=1) if rows else (y,):
-            y = self._per_frame(frames, modulation)
-        return x if rows else y
+        if rows is None:
+            return self._per_frame(self._over_time(x), modulation)
+        for tokens in x.split(max(rows // x.shape[1], 1), dim=2):
+            self._over_time(tokens)
+        for frames in x.split(max(rows // x.shape[2], 1), dim=1):
+            self._per_frame(frames, modulation)
+        return x
 
     def _over_time(self, x: Tensor) -> Tensor:
         if self.temporal is None:
@@ -110,14 +112,14 @@ class Block(nn.Module):
         return gated_residual(x, self.mlp(modulated(x, mlp_shift, mlp_scale)), mlp_gate)
 
 
-def _rows_at_once(x: Tensor) -> int:
-    """How many tokens of x (B, T, N, D) inference on a CPU takes at once, to stay in the cache."""
+def _rows_at_once(x: Tensor) -> int | None:
+    """Tokens per sample of x that inference on a CPU takes at once: less memory, warmer caches."""
     if torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling():
-        return 0
-    return max(ROWS // x.shape[0], 1)
+        return None
+    return max(_ROWS // x.shape[0], 1)
 
 
-ROWS = 512
+_ROWS = 1024
 
 
 class VDT(HubModel):
@@ -198,14 +200,13 @@ class VDT(HubModel):
         x = self.patch(x.to(dtype)) + self._positions(latents)
         condition = F.silu(self.timestep(timestep) + self._label(len(latents), labels))
         modulation = self.modulation(condition).unflatten(-1, (-1, self.config.dim))
-        for index, block in enumerate(self.blocks):
-            part = modulation[:, 6 * index : 6 * index + 6]
+        *parts, last = modulation.split([6] * len(self.blocks) + [2], dim=1)
+        for index, (block, part) in enumerate(zip(self.blocks, parts, strict=True)):
             if index < self.checkpoint_blocks and torch.is_grad_enabled():
                 x = checkpoint(block, x, part, use_reentrant=False)
             else:
                 x = block(x, part)
-        shift, scale = modulation[:, -2:].unbind(1)
-        x = linear(modulated(x, shift, scale), self.final.weight, self.final.bias)
+        x = linear(modulated(x, *last.unbind(1)), self.final.weight, self.final.bias)
         height = latents.shape[3] // p
         x = rearrange(x, "b t (h w) (p q c) -> b c t (h p) (w q)", h=height, p=p, q=p)
         return x[:, :, given:].to(latents.dtype)
@@ -260,10 +261,20 @@ class VDT(HubModel):
 
         The result is the same up to rounding and 1/17 cheaper; the weights can no longer be saved.
         """
-        for block in self.blocks:
-            if block.temporal is not None:
-                block.temporal.fold()
+        for attention in self._temporal():
+            attention.fold()
         return self
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
+        self._refuse_folded()
+        return super().save_pretrained(save_directory, **kwargs)
+
+    def _temporal(self) -> list[TemporalAttention]:
+        return [module for module in self.modules() if isinstance(module, TemporalAttention)]
+
+    def _refuse_folded(self) -> None:
+        if any(attention.fc is None for attention in self._temporal()):
+            raise RuntimeError("a folded model has lost temporal_fc: save it before fold()")
 
     @classmethod
     def from_official(
@@ -336,6 +347,7 @@ class VDT(HubModel):
 
     def to_official_state_dict(self) -> dict[str, Tensor]:
         """The weights under the official names and in the official shapes, as copies."""
+        self._refuse_folded()
         own, official = self.state_dict(), {}
         for name, parts in _official_layout(self.config).items():
             pieces = own[name].flatten().split([math.prod(shape) for shape in parts.values()])

@@ -4,7 +4,7 @@ Norms, modulations and GELU cost little beside the linear layer behind them. Giv
 input is made a second time in the backward from what the graph holds anyway, instead of being kept.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,8 @@ class Cheap(NamedTuple):
 
 def linear(x: Tensor | Cheap, weight: Tensor, bias: Tensor) -> Tensor:
     """`F.linear(x, weight, bias)`."""
+    if not isinstance(x, Cheap) and not _onednn_serves(x, (torch.float32,)):
+        return F.linear(x, weight, bias)
     return linear_parts(x, weight, bias, 1)[0]
 
 
@@ -37,10 +39,10 @@ def linear_parts(x: Tensor | Cheap, weight: Tensor, bias: Tensor, parts: int) ->
     if _autocast(weight):
         dtype = torch.get_autocast_dtype(weight.device.type)
         weight, bias = weight.to(dtype), bias.to(dtype)
-    make, inputs = x if isinstance(x, Cheap) else (_itself, (x,))
-    # A compiler chooses by itself what to keep, and knows no oneDNN call inside a graph.
+    make, inputs = x if isinstance(x, Cheap) else (None, (x,))
+    # A compiler chooses by itself what to keep.
     if torch.compiler.is_compiling():
-        return _products(make(*inputs).to(weight.dtype), weight, bias, parts)
+        return _products(_made(make, inputs, weight), weight, bias, parts)
     return _Linear.apply(make, parts, weight, bias, *inputs)
 
 
@@ -49,58 +51,58 @@ def linear_gelu(x: Tensor | Cheap, weight: Tensor, bias: Tensor) -> Tensor | Che
 
     Where a backward is recorded only the linear layer is kept, and GELU is left to the next one.
     """
-    fused = not torch.is_grad_enabled() and weight.device.type == "cpu"
-    if fused and weight.dtype in _FUSED and _onednn_serves() and not _autocast(weight):
-        x = x.make(*x.inputs) if isinstance(x, Cheap) else x
-        return _onednn(x.to(weight.dtype), weight, bias, "gelu", [], "tanh")
-    return Cheap(_gelu, (linear(x, weight, bias),))
+    fused = _onednn_serves(weight, (torch.float32, torch.bfloat16)) and not _autocast(weight)
+    if fused and not torch.is_grad_enabled():
+        made = _made(x.make, x.inputs, weight) if isinstance(x, Cheap) else x
+        return _onednn(made, weight, bias, "gelu", [], "tanh")
+    return Cheap(gelu, (linear(x, weight, bias),))
 
 
-def _gelu(x: Tensor) -> Tensor:
+def gelu(x: Tensor) -> Tensor:
+    """GELU in its tanh form."""
     return F.gelu(x, approximate="tanh")
-
-
-def _itself(x: Tensor) -> Tensor:
-    return x
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, make: Callable, parts: int, weight: Tensor, bias: Tensor, *inputs: Tensor
+        ctx: Any, make: Callable | None, parts: int, weight: Tensor, bias: Tensor, *inputs: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.make, ctx.parts = make, parts
+        ctx.make = make
         ctx.save_for_backward(weight, *inputs)
-        return _products(make(*inputs).to(weight.dtype), weight, bias, parts)
+        return _products(_made(make, inputs, weight), weight, bias, parts)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weight, *inputs = ctx.saved_tensors
         _, _, weight_needed, bias_needed, *inputs_needed = ctx.needs_input_grad
-        with torch.enable_grad():
-            inputs = [
-                tensor.detach().requires_grad_(needed)
-                for tensor, needed in zip(inputs, inputs_needed, strict=True)
-            ]
-            x = ctx.make(*inputs)
-        rows = x.detach().to(weight.dtype).flatten(0, -2)
-        dys = [grad.flatten(0, -2) for grad in grads]
-        dweight = dbias = dx = None
-        dinputs: list[Tensor | None] = [None] * len(inputs)
-        if weight_needed:
-            dweight = torch.empty_like(weight)
-            for dy, out in zip(dys, dweight.chunk(ctx.parts), strict=True):
-                torch.mm(dy.T, rows, out=out)
-        if bias_needed:
-            dbias = torch.cat([dy.sum(0) for dy in dys])
-        if any(inputs_needed):
-            for dy, part in zip(dys, weight.chunk(ctx.parts), strict=True):
-                dx = _product(dy, part.T) if dx is None else dx.addmm_(dy, part)
-            wanted = [tensor for tensor in inputs if tensor.requires_grad]
-            found = iter(torch.autograd.grad(x, wanted, dx.view(x.shape).to(x.dtype)))
-            dinputs = [next(found) if needed else None for needed in inputs_needed]
+        recorded = any(inputs_needed) and ctx.make not in (None, gelu)
+        if recorded:
+            pairs = zip(inputs, inputs_needed, strict=True)
+            inputs = [tensor.detach().requires_grad_(needed) for tensor, needed in pairs]
+        with torch.set_grad_enabled(recorded):
+            x = _made(ctx.make, inputs, weight)
+        dy = grads[0] if len(grads) == 1 else torch.cat(grads, -1)
+        dy = dy.flatten(0, -2)
+        dweight = dy.T @ x.detach().flatten(0, -2) if weight_needed else None
+        dbias = dy.sum(0) if bias_needed else None
+        if not any(inputs_needed):
+            return None, None, dweight, dbias, *([None] * len(inputs))
+        dx = _product(dy, weight.T).view(x.shape)
+        if ctx.make is None:
+            return None, None, dweight, dbias, dx
+        if ctx.make is gelu:
+            dx = torch.ops.aten.gelu_backward(dx, inputs[0].to(dx.dtype), approximate="tanh")
+            return None, None, dweight, dbias, dx
+        wanted = [tensor for tensor in inputs if tensor.requires_grad]
+        found = iter(torch.autograd.grad(x, wanted, dx))
+        dinputs = [next(found) if needed else None for needed in inputs_needed]
         return None, None, dweight, dbias, *dinputs
+
+
+def _made(make: Callable | None, inputs: Sequence[Tensor], weight: Tensor) -> Tensor:
+    return (inputs[0] if make is None else make(*inputs)).to(weight.dtype)
 
 
 def _products(x: Tensor, weight: Tensor, bias: Tensor, parts: int) -> tuple[Tensor, ...]:
@@ -110,17 +112,18 @@ def _products(x: Tensor, weight: Tensor, bias: Tensor, parts: int) -> tuple[Tens
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`; in float32 on a CPU by oneDNN, measured at 1.1 x the rate of MKL."""
-    if x.device.type == "cpu" and x.dtype == torch.float32 and _onednn_serves():
+    if _onednn_serves(x, (torch.float32,)):
         return _onednn(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
 
-_FUSED = (torch.float32, torch.bfloat16)
 _onednn = torch.ops.mkldnn._linear_pointwise
 
 
-def _onednn_serves() -> bool:
-    return torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling()
+def _onednn_serves(tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:
+    """Whether the call outside any compiled graph is the better one."""
+    eager_cpu = tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return eager_cpu and tensor.dtype in dtypes and torch.backends.mkldnn.is_available()
 
 
 def _autocast(tensor: Tensor) -> bool:

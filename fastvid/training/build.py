@@ -19,9 +19,10 @@ def build_schedule(config: DiffusionConfig) -> schedules.Schedule:
         "squared_cosine": schedules.squared_cosine,
     }
     schedule = makers[config.schedule](config.steps)
-    if config.zero_snr:
-        schedule = schedules.rescale_zero_terminal_snr(schedule)
-    return schedules.respace(schedule, config.respacing) if config.respacing else schedule
+    if config.respacing:
+        schedule = schedules.respace(schedule, config.respacing)
+    # Last: "ddim50" and its like leave the last step out, and with it the zero.
+    return schedules.rescale_zero_terminal_snr(schedule) if config.zero_snr else schedule
 
 
 def build_model(config: TrainConfig) -> VDT:

@@ -19,8 +19,10 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterable
+import warnings
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +61,15 @@ def save_state(
     Returns:
         The finished folder.
     Raises:
+        TypeError: one of `tensors` is none.
         CheckpointError: it could not be written (disk full, no permission). Older checkpoints are
             untouched and nothing unfinished stays behind.
     """
     final = folder / f"step-{step:08d}"
     unfinished = final.with_name(final.name + ".tmp")
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"tensors must be tensors, {name} is a {type(tensor).__name__}")
     nbytes = sum(local(t).nbytes for t in tensors.values())
 
     def prepare() -> None:
@@ -89,7 +95,8 @@ def save_state(
 
     try:
         on_first(world, prepare)
-        dcp.save(tensors, storage_writer=TensorWriter(unfinished), no_dist=world.mesh is None)
+        with _quiet():
+            dcp.save(tensors, storage_writer=TensorWriter(unfinished), no_dist=world.mesh is None)
         on_first(world, finish)
     except (OSError, RuntimeError, dcp.CheckpointException) as error:
         if world.first:
@@ -128,12 +135,11 @@ def load_state(
                 raise CheckpointError(
                     f"{name} has shape {tuple(shape)} in {path}, needs {tuple(tensor.shape)}"
                 )
-        dcp.load(wanted, storage_reader=reader, no_dist=world.mesh is None)
+        with _quiet():
+            dcp.load(wanted, storage_reader=reader, no_dist=world.mesh is None)
     except CheckpointError:
         raise
-    except Exception as error:
-        raise CheckpointError(f"could not read {path}: {_cause(error)}") from error
-    except dcp.CheckpointException as error:
+    except (Exception, dcp.CheckpointException) as error:  # the second is no Exception
         raise CheckpointError(f"could not read {path}: {_cause(error)}") from error
     return json.loads((path / _STATE).read_text(encoding="utf-8"))
 
@@ -210,6 +216,14 @@ def _digests(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
 
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
         return dict(pool.map(digest, names))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """DCP warns of a world of one, which is what was asked for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _remove_unfinished(folder: Path) -> None:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
+from fastvid.diffusion.tasks import TASKS
 from fastvid.models.vdt import VDTConfig
 
 T = TypeVar("T")
@@ -105,8 +106,6 @@ class DiffusionConfig:
     """Number of given frames by task name, where it is not the task's own."""
 
     def __post_init__(self):
-        from fastvid.diffusion.tasks import TASKS
-
         _positive(self, "steps")
         if self.zero_snr and self.prediction == "eps":
             raise ValueError("diffusion.zero_snr needs prediction 'v' or 'x0', got 'eps'")
@@ -170,7 +169,7 @@ class RunConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 computes under autocast; weights, optimiser and EMA stay in fp32."""
     compile: bool = False
-    """torch.compile the model."""
+    """torch.compile the model: for long runs on GPUs, on a CPU compiling takes minutes."""
     checkpoint_blocks: int = 0
     """The first so many blocks are recomputed in the backward pass instead of remembered."""
     init: str = ""

@@ -38,6 +38,8 @@ class World:
 def join(device: str = "auto") -> Iterator[World]:
     """The world that torchrun's environment describes, or a world of one.
 
+    A process group that is there already is used and left alone.
+
     Args:
         device: "auto" (CUDA where there is one), "cpu" or "cuda".
     Raises:
@@ -57,14 +59,15 @@ def join(device: str = "auto") -> Iterator[World]:
     if size == 1:
         yield World(rank, size, place)
         return
-    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(backend)
+    own = not dist.is_initialized()
+    if own:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     try:
         yield World(rank, size, place, init_device_mesh(device, (size,), mesh_dim_names=("data",)))
-        # A rank that leaves early takes its neighbours down.
-        dist.barrier()
+        dist.barrier()  # a rank that leaves early takes its neighbours down
     finally:
-        dist.destroy_process_group()
+        if own:
+            dist.destroy_process_group()
 
 
 def shard(model: nn.Module, world: World) -> nn.Module:

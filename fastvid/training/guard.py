@@ -34,8 +34,8 @@ class Verdict:
 def judge(state: TrainState, loss: Tensor, *, clip: float, stop: bool) -> Verdict:
     """Clip the gradient, and agree whether this step may update the weights."""
     grads = [p.grad for p in state.trainable.values() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
-    numbers = torch.stack([loss.float(), whole(norm).float()]).cpu()
+    norm = whole(torch.nn.utils.get_total_norm(grads))
+    numbers = torch.stack([loss.float(), norm.float()]).cpu()
     bad = not numbers.isfinite().all()
     if clip and not bad:  # a gradient scaled by NaN no longer tells where the NaN came from
         torch.nn.utils.clip_grads_with_norm_(list(state.trainable.values()), clip, norm)

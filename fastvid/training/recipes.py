@@ -6,7 +6,9 @@ Costs marked (derived) are computed from FLOPs and an assumed rate, not measured
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
+from fastvid.diffusion.tasks import OFFICIAL_MIX
 from fastvid.models.vdt import VDT_L, VDTConfig
 from fastvid.training.config import (
     CodecConfig,
@@ -120,10 +122,6 @@ def vdt_sky() -> TrainConfig:
         set `run.checkpoint_blocks: 28` where memory is short, for a third more compute.
     Expect: the length of the published training is not stated; 200 k steps are a guess.
     """
-    from dataclasses import replace
-
-    from fastvid.diffusion.tasks import OFFICIAL_MIX
-
     return TrainConfig(
         model=replace(VDT_L, height=32, width=32),
         data=DataConfig(train="data/sky/train", frames=16, size=(256, 256), workers=8),

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from fastvid.models.vdt import VDT
 from fastvid.training.build import model_folder
-from fastvid.training.checkpoint import checkpoints
+from fastvid.training.checkpoint import CheckpointError, checkpoints
 from fastvid.training.codec import Codec, build_codec
 from fastvid.training.config import TrainConfig, read_config, write_config
 from fastvid.training.interrupt import is_locked
@@ -28,14 +29,24 @@ from fastvid.training.log import read_log
 
 
 def export(folder: Path, config: TrainConfig, weights: dict[str, Tensor]) -> None:
-    """Write a model folder that `VDT.from_pretrained` and `load_run` read. Files appear whole."""
+    """Write a model folder that `VDT.from_pretrained` and `load_run` read. Files appear whole.
+
+    Raises:
+        CheckpointError: it could not be written; the weights that were there still are.
+    """
     with torch.device("meta"):
         model = VDT(config.model)
     model.load_state_dict(weights, assign=True)
-    model.save_pretrained(folder)
-    scratch = folder / ".config.yaml"
-    write_config(config, scratch)
-    os.replace(scratch, folder / "config.yaml")
+    try:
+        model.save_pretrained(folder)
+        scratch = folder / ".config.yaml"
+        write_config(config, scratch)
+        os.replace(scratch, folder / "config.yaml")
+    except (OSError, SafetensorError) as error:
+        nbytes = sum(value.nbytes for value in weights.values())
+        raise CheckpointError(
+            f"could not write {nbytes:,} bytes of weights to {folder}: {error}"
+        ) from error
 
 
 def load_run(folder: str | Path) -> tuple[VDT, TrainConfig, Codec]:

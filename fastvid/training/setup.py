@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch.utils.data import Dataset
 
 from fastvid.diffusion.schedule import Schedule
@@ -45,8 +46,9 @@ def prepared(config: TrainConfig, world: World, resume: bool) -> Iterator[tuple[
     check_latents(config, codec.channels, codec.factor)
     train, held_out = open_sets(config.data, codec, config.run.seed)
 
-    seed_everything(config.run.seed, world)
+    torch.manual_seed(config.run.seed)  # first weights are the same on every rank
     state = new_state(config, build_model(config), world)
+    seed_everything(config.run.seed, world)
     with locked(folder, enabled=world.first):
         start = on_first(world, lambda: _newest(folder) if resume else None)
         # Only rank 0 looked; step 0 is never saved, so 0 says there is none.

@@ -93,8 +93,8 @@ def save_curves(
     axes = figure.add_subplot()
     for name, (x, y) in curves.items():
         axes.plot(x, y, label=name, linewidth=1.5, marker="o" if len(x) < 20 else "", markersize=4)
-    for name, x in (marks or {}).items():
-        axes.axvline(x, color="0.5", linestyle="--", linewidth=1, label=name)
+    for name, place in (marks or {}).items():
+        axes.axvline(place, color="0.5", linestyle="--", linewidth=1, label=name)
     axes.set(title=title, xlabel=x_label, ylabel=y_label, yscale="log")
     axes.grid(which="both", color="0.9")
     axes.set_axisbelow(True)
@@ -149,7 +149,7 @@ def _frame(row: Row, t: int, height: int) -> np.ndarray:
 
 def _outline(known: np.ndarray, H: int, W: int) -> np.ndarray:
     """Pixels (H, W) within `_LINE` of the inner border of the given area: one flag, or (h, w)."""
-    cells = known.reshape(known.shape or (1, 1))
+    cells = np.atleast_2d(known)
     rows = np.arange(H) * cells.shape[0] // H
     columns = np.arange(W) * cells.shape[1] // W
     given = cells[rows][:, columns]

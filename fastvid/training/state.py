@@ -103,6 +103,8 @@ def averaged(state: TrainState) -> Iterator[nn.Module]:
     try:
         yield state.model
     finally:
+        if state.world.mesh is not None:  # without a backward FSDP leaves the root put together
+            state.model.reshard()  # type: ignore[operator]
         _swap(state)
         state.model.train()
 

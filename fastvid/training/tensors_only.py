@@ -1,8 +1,7 @@
 """torch.distributed.checkpoint, restricted to tensors.
 
 A DCP folder can carry code: torch unpickles `.metadata` and every non-tensor entry without limits.
-The reader here admits a list of harmless names in `.metadata` and refuses non-tensor entries; the
-writer refuses to produce them.
+The reader here admits a list of harmless names in `.metadata` and refuses non-tensor entries.
 """
 
 from __future__ import annotations
@@ -13,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, SavePlan, SavePlanner
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import WriteItemType
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
@@ -69,13 +67,7 @@ class TensorReader(FileSystemReader):
 
 
 class TensorWriter(FileSystemWriter):
-    """Writes tensors, synced to disk, without the absolute path that DCP would add."""
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
-        for item in plan.items:
-            if item.type is WriteItemType.BYTE_IO:
-                raise TypeError(f"tensors only: {item.index.fqn} is something else")
-        return super().write_data(plan, planner)
+    """Writes a DCP folder, synced to disk, without the absolute path that DCP would note in it."""
 
     def storage_meta(self) -> StorageMeta:
         return StorageMeta()

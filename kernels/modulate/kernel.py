@@ -160,18 +160,20 @@ def launch_backward(
     chunk = triton.cdiv(rows, chunks)
     chunks = triton.cdiv(rows, chunk)
     shared = scale.shape[0] < B  # one modulation for the whole batch
-    parts = dshift, dscale = scale.new_empty(scale.shape), scale.new_empty(scale.shape)
+    dshift, dscale = scale.new_empty(scale.shape), scale.new_empty(scale.shape)
+    shift_parts, scale_parts = dshift, dscale
     if chunks > 1 or shared:
-        parts = x.new_empty((2, B * groups * chunks, D), dtype=torch.float32).unbind()
+        size = (B * groups * chunks, D)
+        shift_parts, scale_parts = (x.new_empty(size, dtype=torch.float32) for _ in range(2))
     _backward[(B * groups * chunks,)](
-        dy, x, rows_of_scale, mean, rstd, dx, *parts, groups, rows, chunk,
+        dy, x, rows_of_scale, mean, rstd, dx, shift_parts, scale_parts, groups, rows, chunk,
         *_strides(dy), *_strides(x), *_strides(rows_of_scale),
         D=D, RMS=rms, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=warps,
     )  # fmt: skip
     if chunks > 1 or shared:
         samples = B if shared else 1
         _sum_partials[(B * groups // samples, triton.cdiv(D, 32))](
-            *parts, dshift, dscale, samples * chunks, chunks, groups,
+            shift_parts, scale_parts, dshift, dscale, samples * chunks, chunks, groups,
             D=D, BLOCK_R=32, BLOCK_D=32, num_warps=4,
         )  # fmt: skip
     return dx, dshift, dscale

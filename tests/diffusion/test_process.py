@@ -3,15 +3,16 @@ import torch
 
 from fastvid.diffusion.process import (
     add_noise,
+    learned_log_variance,
     mix_known,
     posterior,
     predict_eps,
     predict_x0,
-    reverse_moments,
     split_variance,
     target_of,
 )
 from fastvid.diffusion.schedule import linear, rescale_zero_terminal_snr, respace, scaled_linear
+from fastvid.diffusion.steps import ddpm_step
 
 SHAPE = (2, 3, 4, 5, 6)
 CHAIN = linear()
@@ -64,8 +65,7 @@ def test_an_int_index_and_a_tensor_agree(rand):
 def test_dtype_is_kept(rand, dtype):
     x0, noise, index = rand(*SHAPE, dtype=dtype), rand(*SHAPE, dtype=dtype), torch.tensor([3, 800])
     x = add_noise(x0, noise, index, CHAIN)
-    moments = reverse_moments(torch.cat([noise, noise], 1), x, index, CHAIN)
-    assert {x.dtype, *(each.dtype for each in moments)} == {dtype}
+    assert {x.dtype, posterior(x0, x, index, CHAIN)[0].dtype} == {dtype}
     for prediction in ("eps", "v", "x0"):
         assert target_of(x0, noise, index, CHAIN, prediction).dtype == dtype
         assert predict_x0(noise, x, index, CHAIN, prediction).dtype == dtype
@@ -73,32 +73,39 @@ def test_dtype_is_kept(rand, dtype):
 
 
 def test_learned_variance_runs_between_its_bounds(rand):
-    x, output = rand(*SHAPE), rand(*SHAPE)
-    short = respace(CHAIN, 10)
-    for index in range(10):
+    x, output = rand(*SHAPE, dtype=torch.float64), rand(*SHAPE, dtype=torch.float64)
+    noise, short = torch.ones_like(x), respace(CHAIN, 10)
+    for index in range(1, 10):
         for fraction, bound in ((-1, short.posterior_log_variance_clipped), (1, short.log_betas)):
-            learned = torch.cat([output, torch.full(SHAPE, float(fraction))], 1)
-            moments = reverse_moments(learned, x, index, short)
-            torch.testing.assert_close(
-                moments.log_variance, bound[index].float().expand(SHAPE), rtol=1e-5, atol=1e-5
-            )
+            said = torch.full_like(x, float(fraction))
+            whole = torch.full((2,), index, device=x.device)
+            for place in (index, whole):
+                torch.testing.assert_close(
+                    learned_log_variance(said, place, short),
+                    torch.full_like(x, bound[index].item()),
+                )
+            learned = torch.cat([output, said], 1)
+            mean = ddpm_step(learned, x, index, short, noise=None)
+            spread = ddpm_step(learned, x, index, short, noise=noise) - mean
+            torch.testing.assert_close(spread.square().log(), torch.full_like(x, bound[index]))
 
 
 def test_fixed_variance_is_small_or_large(rand):
-    x, output = rand(*SHAPE), rand(*SHAPE)
-    small = reverse_moments(output, x, 5, CHAIN).log_variance
-    large = reverse_moments(output, x, 5, CHAIN, fixed_variance="large").log_variance
-    assert small.exp().unique().item() == pytest.approx(CHAIN.posterior_variance[5].item())
-    assert large.exp().unique().item() == pytest.approx(CHAIN.betas[5].item())
-    with pytest.raises(ValueError, match="fixed_variance must be small or large, got 'medium'"):
-        reverse_moments(output, x, 5, CHAIN, fixed_variance="medium")
+    x, output = rand(*SHAPE, dtype=torch.float64), rand(*SHAPE, dtype=torch.float64)
+    mean = ddpm_step(output, x, 5, CHAIN, noise=None)
+    for fixed, table in (("small", CHAIN.posterior_variance), ("large", CHAIN.betas)):
+        step = ddpm_step(output, x, 5, CHAIN, noise=torch.ones_like(x), fixed_variance=fixed)
+        torch.testing.assert_close((step - mean).square(), torch.full_like(x, table[5]))
+    for noise in (None, x):
+        with pytest.raises(ValueError, match="fixed_variance must be small or large, got 'medium'"):
+            ddpm_step(output, x, 5, CHAIN, noise=noise, fixed_variance="medium")
 
 
 def test_clipping_bounds_x0_and_moves_the_mean(rand):
     x, output = rand(*SHAPE), rand(*SHAPE)
-    moments = reverse_moments(output, x, 700, CHAIN, clip=0.5)
-    assert moments.x0.abs().max() == 0.5
-    torch.testing.assert_close(moments.mean, posterior(moments.x0, x, 700, CHAIN)[0])
+    x0 = predict_x0(output, x, 700, CHAIN, "eps").clamp(-0.5, 0.5)
+    mean = ddpm_step(output, x, 700, CHAIN, noise=None, clip=0.5)
+    torch.testing.assert_close(mean, posterior(x0, x, 700, CHAIN)[0])
 
 
 def test_variance_is_read_off_the_channel_count(rand):
@@ -145,8 +152,7 @@ def test_zero_terminal_snr_is_finite_otherwise(rand, prediction):
     output = target_of(x0, noise, 999, ZERO, prediction)
     assert torch.equal(predict_x0(output, x, 999, ZERO, prediction), x0)
     assert torch.equal(predict_eps(output, x, 999, ZERO, prediction), noise)
-    for each in reverse_moments(output, x, 999, ZERO, prediction=prediction):
-        assert each.isfinite().all()
+    assert ddpm_step(output, x, 999, ZERO, noise=noise, prediction=prediction).isfinite().all()
 
 
 def test_an_unknown_prediction_is_refused(rand):

@@ -154,6 +154,49 @@ def test_a_ddim_step_keeps_x0_and_noise_and_changes_their_shares(rand, predictio
         torch.testing.assert_close(stepped, alpha * x0 + sigma * eps)
 
 
+STEPS = {
+    "ancestral": (ddpm_step, {"noise": torch.ones(SHAPE)}),
+    "ddim": (ddim_step, {"noise": torch.ones(SHAPE), "eta": 0.6}),
+    "inverse": (ddim_inverse_step, {}),
+}
+
+
+@pytest.mark.parametrize(("step", "kwargs"), STEPS.values(), ids=STEPS)
+@pytest.mark.parametrize("clip", [None, 0.8])
+def test_a_step_may_write_over_its_state_but_not_over_the_output(rand, step, kwargs, clip):
+    x, output, schedule = rand(*SHAPE).cpu(), rand(*SHAPE).cpu(), respace(CHAIN, 20)
+    options = {**kwargs, "clip": clip}
+    expected = step(output, x, 11, schedule, **options)
+    with pytest.raises(ValueError, match="out must be another tensor than output"):
+        step(output, x, 11, schedule, out=output, **options)
+    assert step(output, x, 11, schedule, out=x, **options) is x
+    torch.testing.assert_close(x, expected)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_first_inverse_step_reads_the_data_as_if_at_index_0(rand, prediction):
+    schedule = respace(CHAIN, 5)
+    x, output = rand(*SHAPE, dtype=torch.float64), rand(*SHAPE, dtype=torch.float64)
+    for clip in (None, 0.8):
+        x0 = predict_x0(output, x, 0, schedule, prediction)
+        x0 = x0 if clip is None else x0.clamp(-clip, clip)
+        eps = predict_eps(x0, x, 0, schedule, "x0")
+        left = schedule.alphas_cumprod[0]
+        expected = left.sqrt() * x + (1 - left).sqrt() * eps
+        ours = ddim_inverse_step(output, x, -1, schedule, prediction=prediction, clip=clip)
+        torch.testing.assert_close(ours, expected)
+
+
+def test_inversion_clips(rand):
+    start, schedule = rand(*SHAPE).cpu(), respace(CHAIN, 6)
+    x = start.clone()
+    for index in range(-1, 5):
+        output = rough(x, schedule.timestep_map[max(index, 0)])
+        x = ddim_inverse_step(output, x, index, schedule, clip=0.5)
+    torch.testing.assert_close(invert_ddim(rough, start, schedule, clip=0.5), x)
+    assert not torch.equal(invert_ddim(rough, start, schedule), x)
+
+
 SAMPLERS = {
     "ddim": lambda model, noise, **kwargs: sample_ddim(model, noise, respace(CHAIN, 6), **kwargs),
     "eta": lambda model, noise, **kwargs: sample_ddim(

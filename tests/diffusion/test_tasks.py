@@ -1,4 +1,5 @@
 import itertools
+import math
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from fastvid.diffusion.tasks import (
     OFFICIAL_IDS,
     OFFICIAL_MIX,
     TASKS,
+    _rectangle,
     block_cells,
     draw_task,
     task_known,
@@ -117,6 +119,38 @@ def test_completion_repeats_one_pattern_between_given_ends():
     assert (ends / 300 - 0.25).abs().max() < 0.1  # none to three given frames, at both ends
 
 
+@pytest.mark.parametrize(("given", "first", "last"), [(0, 0, 0), (1, 1, 0), (5, 3, 2), (15, 8, 7)])
+def test_completion_gives_as_many_whole_frames_as_asked(given, first, last):
+    known = task_known("complete", 16, 4, 4, given=given, batch=3, generator=seeded())
+    whole = [True] * first + [False] * (16 - given) + [True] * last
+    assert known.flatten(2).all(2).tolist() == [whole] * 3
+    inside = known[:, first : 16 - last]
+    assert inside.flatten(2).sum(2).eq(8).all()
+    assert not torch.equal(inside[0], inside[1])
+
+
+def test_rectangles_spread_over_area_shape_and_place():
+    draws = [_rectangle(64, 48, 204, generator) for generator in [seeded()] for _ in range(3000)]
+    tall, wide = (
+        torch.tensor([float(draw[axis].stop - draw[axis].start) for draw in draws])
+        for axis in (0, 1)
+    )
+    area, ratio = tall * wide, (tall / wide).log() / math.log(1 / 0.3)
+    assert area.mean() == pytest.approx(104, abs=4)  # uniform from 4 to 204
+    assert area.std() == pytest.approx(200 / 12**0.5, rel=0.1)
+    big = ratio[area > 100]  # there rounding to cells matters little
+    assert big.mean() == pytest.approx(0, abs=0.05)
+    assert big.std() == pytest.approx(1 / 3**0.5, rel=0.1)  # uniform from -1 to 1
+    assert big.abs().max() < 1.2
+    for axis, size in ((0, 64), (1, 48)):
+        places = [draw[axis] for draw in draws]
+        assert min(place.start for place in places) == 0
+        assert max(place.stop for place in places) == size
+    small = [_rectangle(64, 48, 12, generator) for generator in [seeded()] for _ in range(3000)]
+    cells = [(a.stop - a.start) * (b.stop - b.start) for a, b in small]
+    assert sum(cells) / 3000 == pytest.approx(8, abs=0.4)  # 6.5 with single cells among them
+
+
 def test_blocks_cover_the_share_exactly_and_hang_together():
     for height, width, share in itertools.product((1, 2, 5, 16), (1, 3, 32), (0.25, 0.5, 1.0)):
         cells = block_cells(height, width, share=share, generator=seeded())
@@ -166,7 +200,8 @@ def test_a_mix_draws_by_weight_and_takes_given_by_name():
         ("interpolate", None, 1),
         ("image-to-video", None, 1),
         ("unconditional", 1, 16),
-        ("complete", 2, 16),
+        ("complete", 16, 16),
+        ("complete", -1, 16),
     ],
 )
 def test_given_must_leave_a_frame(name, given, frames):

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from fastvid.diffusion import sampling
 from fastvid.diffusion.losses import diffusion_loss
-from fastvid.diffusion.process import add_noise, mix_known, posterior, reverse_moments
+from fastvid.diffusion.process import (
+    add_noise,
+    learned_log_variance,
+    mix_known,
+    posterior,
+    predict_x0,
+    split_variance,
+)
 from fastvid.diffusion.sampling import sample_ddim, sample_ddpm
 from fastvid.diffusion.schedule import Schedule, linear, respace, squared_cosine
 from fastvid.diffusion.steps import ddim_inverse_step, ddim_step, ddpm_step
@@ -209,19 +216,28 @@ def test_ancestral_steps(tensors, model, found):
         known = known_of(tensors, mask)
         output = predicted(model, mix_known(x, raw, known), schedule, index, known=known)
         for key, clip in (("p_mean_variance", None), ("p_mean_variance_clip", 1.0)):
-            moments = reverse_moments(output, x, index, schedule, clip=clip)
+            moments = moments_of(output, x, index, schedule, clip)
             compare_moments(moments, under(tensors, f"{group}/{mask}/{key}/"), key)
         sample = ddpm_step(output, x, index, schedule, noise=tensors[f"{group}/in_noise"])
         close(sample, tensors[f"{group}/{mask}/p_sample/sample"], "p_sample")
 
 
-def compare_moments(moments, expected: dict[str, Tensor], name: str) -> None:
-    ours = {
-        "mean": moments.mean,
-        "variance": moments.log_variance.exp(),
-        "log_variance": moments.log_variance,
-        "pred_xstart": moments.x0,
+def moments_of(
+    output: Tensor, x: Tensor, index: int, schedule: Schedule, clip: float | None = None
+) -> dict[str, Tensor]:
+    """One reverse step under the official names."""
+    prediction, fraction = split_variance(output, x.shape[1])
+    x0 = predict_x0(prediction, x, index, schedule, "eps")
+    log_variance = learned_log_variance(fraction, index, schedule)
+    return {
+        "mean": ddpm_step(output, x, index, schedule, noise=None, clip=clip),
+        "variance": log_variance.exp(),
+        "log_variance": log_variance,
+        "pred_xstart": x0 if clip is None else x0.clamp(-clip, clip),
     }
+
+
+def compare_moments(ours: dict[str, Tensor], expected: dict[str, Tensor], name: str) -> None:
     for key, tensor in expected.items():
         close(ours[key], tensor, f"{name}: {key}")
 
@@ -256,7 +272,8 @@ def test_ddim_steps(tensors, model, found):
         for match in matches(tensors, rf"{group}/eta([\d.]+)/sample"):
             ours = ddim_step(output, x, index, schedule, eta=float(match[1]), noise=noise)
             close(ours, tensors[match[0]], match[0])
-        x0 = reverse_moments(output, x, index, schedule).x0
+        prediction, _ = split_variance(output, x.shape[1])
+        x0 = predict_x0(prediction, x, index, schedule, "eps")
         close(x0, tensors[f"{group}/eta0/pred_xstart"], "pred_xstart")
         reverse = ddim_inverse_step(output, x, index, schedule)
         close(reverse, tensors[f"{group}/reverse/sample"], "reverse")
@@ -281,5 +298,5 @@ def test_frame_concatenation(tensors, model, found):
         x, index = tensors[f"{name}/in_x"], int(tensors[f"{name}/t_index"])
         given = swap(tensors[f"{name}/in_condition"])
         output = predicted(model, x, schedule, index, condition_frames=given)
-        moments = reverse_moments(output, x, index, schedule)
+        moments = moments_of(output, x, index, schedule)
         compare_moments(moments, under(tensors, f"{name}/p_mean_variance/"), name)

@@ -1,0 +1,171 @@
+"""VDT against the official order of operations: `python -m benchmarks.models.bench_vdt`.
+
+Forward, forward + backward, an AdamW step and DDIM sampling of S/2 and L/2 on 16 x 16 latents.
+Both sides load the same weights; the match of their results stands in the row of their times.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import harness
+from benchmarks.models.duel import duel, serve
+from benchmarks.rivals.vdt_eager import VDTEager
+from fastvid.diffusion.sampling import sample_ddim
+from fastvid.diffusion.schedule import linear, respace
+from fastvid.models.vdt import VDT, VDT_L, VDT_S, VDTConfig
+
+JOBS = ("forward", "backward", "step", "sample")
+SIZES = {"S": VDT_S, "L": VDT_L}
+# Of the largest value. The samplers and bfloat16 carry rounding along; gradients add it up.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
+
+
+def config_of(spec: dict[str, Any]) -> VDTConfig:
+    config = replace(SIZES[spec["size"]], frames=spec["frames"], drop_labels=False)
+    return replace(config, depth=2) if spec["quick"] else config
+
+
+def prepare(spec: dict[str, Any]) -> Callable[[], Any]:
+    """A contender's model, its inputs and its call; the result of a first call is saved."""
+    torch.set_num_threads(spec["threads"])
+    device, dtype = torch.device(spec["device"]), getattr(torch, spec["dtype"])
+    config = config_of(spec)
+    torch.manual_seed(0)
+    with device:
+        model: torch.nn.Module = VDT(config)
+    for weight in (model.modulation.weight, model.final.weight):  # zeros would hide the blocks
+        torch.nn.init.normal_(weight, std=0.02)
+    inference = spec["job"] in ("forward", "sample")
+    weights = model.to_official_state_dict()  # by both: it loads modules that weigh 150 MiB
+    if spec["rival"] == "eager":
+        with torch.device("meta"):
+            model = VDTEager(config)
+        model.load_state_dict(weights, assign=True)
+    elif inference:
+        model.fold()
+    model = model.to(dtype).train(not inference).requires_grad_(not inference)
+    run = torch.compile(model) if spec["compile"] else model
+
+    generator = torch.Generator().manual_seed(1)
+    shape = (spec["batch"], config.channels, config.frames, config.height, config.width)
+    latents, target = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(2))
+    timestep = torch.randint(1000, (spec["batch"],), generator=generator).to(device)
+
+    def predict(x: Tensor, t: Tensor, known: Tensor | None = None) -> Tensor:
+        if spec["rival"] == "fastvid":
+            return run(x, t)
+        return run(x.transpose(1, 2), t.expand(len(x))).transpose(1, 2)
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6) if spec["job"] == "step" else None
+    schedule = respace(linear(1000), "ddim10")
+
+    def forward() -> Tensor:
+        with torch.inference_mode():
+            return predict(latents, timestep)
+
+    def sample() -> Tensor:
+        with torch.inference_mode():
+            return sample_ddim(predict, latents, schedule)
+
+    def backward() -> Tensor:
+        model.zero_grad()
+        x = latents.detach().requires_grad_()
+        noise = predict(x, timestep)[:, : config.channels]
+        (noise.float() - target.float()).square().mean().backward()
+        return x.grad
+
+    def step() -> Tensor:
+        gradient = backward()
+        optimizer.step()
+        return gradient
+
+    thunk = {"forward": forward, "backward": backward, "step": step, "sample": sample}[spec["job"]]
+    if spec["save"]:
+        torch.save(thunk().float().cpu(), spec["save"])
+    return thunk
+
+
+def measure(spec: dict[str, Any], rounds: int, seconds: float) -> dict[str, Any]:
+    """One row: times, memory and the match."""
+    config, wide = config_of(spec), 2 if spec["dtype"] == "bfloat16" else 4
+    with torch.device("meta"):
+        weights = sum(value.numel() for value in VDT(config).parameters())
+    copies = {"forward": 2, "sample": 2, "backward": 2, "step": 4}[spec["job"]]
+    need = 1000 + 2 * weights * 4 / 2**20 if copies == 2 else 1000 + weights * copies * 4 / 2**20
+    if spec["job"] in ("backward", "step"):  # about 30 streams of the width per block are kept
+        tokens = spec["batch"] * config.frames * config.height * config.width // config.patch**2
+        need += 30 * tokens * config.dim * config.depth * wide / 2**20
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: str(Path(folder, name)) for name in ("fastvid", "eager")}
+        specs = {name: {**spec, "rival": name, "save": file} for name, file in files.items()}
+        row = duel(__spec__.name, specs, rounds=rounds, seconds=seconds, need_mib=need)
+        ours, theirs = (torch.load(file, weights_only=True) for file in files.values())
+    error = ((ours - theirs).abs().max() / theirs.abs().max()).item()
+    row |= {"error": error, "match": error <= TOLERANCE[getattr(torch, spec["dtype"])]}
+    return {"case": "vdt/{job} {size}/2 frames={frames} {dtype}".format(**spec), **spec, **row}
+
+
+def line(row: dict[str, Any]) -> str:
+    how = ("compiled " if row["compile"] else "") + ("one after the other" if row["apart"] else "")
+    return (
+        f"{row['case']:<36} {row['fastvid_p50_ms']:9.0f} ms against {row['eager_p50_ms']:9.0f}"
+        f"   {row['wall_ratio_p50']:5.2f}x ({row['wall_ratio_p20']:.2f} to"
+        f" {row['wall_ratio_p80']:.2f}; cpu time {row['cpu_ratio_p50']:.2f}x)"
+        f"   peak {row['fastvid_peak_mib']:6.0f} MiB, {row['peak_ratio']:.2f} of theirs,"
+        f" beyond the weights {row['extra_ratio']:.2f}"
+        f"   {'match' if row['match'] else 'NO MATCH'} ({row['error']:.0e}) {how}"
+    )
+
+
+def main(argv: list[str]) -> int:
+    """0 when every result matches."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.models.bench_vdt", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--contender", help=argparse.SUPPRESS)
+    parser.add_argument("--quick", action="store_true", help="two blocks, few rounds")
+    parser.add_argument("--size", nargs="+", choices=SIZES, default=["S", "L"])
+    parser.add_argument("--frames", nargs="+", type=int, default=[8, 16])
+    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
+    parser.add_argument("--job", nargs="+", choices=JOBS, default=JOBS)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--compile", action="store_true", help="torch.compile on both sides")
+    parser.add_argument("--rounds", type=int, default=5, help="at least")
+    parser.add_argument("--seconds", type=float, default=10, help="per row, at least")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, help="append the rows to this JSONL file")
+    arguments = parser.parse_args(argv)
+    if arguments.contender:
+        spec = json.loads(arguments.contender)
+        serve(lambda: prepare(spec), torch.device(spec["device"]))
+        return 0
+    machine = harness.environment(torch.device(arguments.device))
+    print(f"{machine['machine']}, torch {machine['torch']}, {arguments.threads} threads")
+    good = True
+    for size, frames, dtype, job in itertools.product(
+        arguments.size, arguments.frames, arguments.dtype, arguments.job
+    ):
+        fixed = ("batch", "compile", "threads", "device", "quick")
+        spec = {"job": job, "size": size, "frames": frames, "dtype": dtype}
+        spec |= {name: getattr(arguments, name) for name in fixed}
+        rounds, seconds = (2, 0) if arguments.quick else (arguments.rounds, arguments.seconds)
+        row = measure(spec, rounds, seconds)
+        print(line(row), flush=True)
+        harness.append(arguments.out, [{**machine, **row}])
+        good = good and row["match"]
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

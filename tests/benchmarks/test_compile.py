@@ -1,0 +1,73 @@
+"""The ahead-of-time budget. Triton compiles in a child process, without the interpreter."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import compile as aot
+from benchmarks.harness import ROOT
+
+FOUND = {"registers": 64, "stack": 0, "shared": 128, "wide_loads": 6, "wgmma": 0}
+
+
+def test_every_room_has_a_budget_for_its_variants():
+    pytest.importorskip("triton")
+    for room in aot.rooms():
+        names = [variant.name for variant in aot.variants(room)]
+        assert len(names) == len(set(names)) <= 12
+        budgets = json.loads((aot.KERNELS / room / "budget.json").read_text())
+        assert budgets.keys() == set(aot.ARCHITECTURES)
+        for budget in budgets.values():
+            assert budget.keys() == set(names)
+            assert all(limits["stack"] == 0 for limits in budget.values())
+
+
+def test_nothing_is_over_its_own_budget():
+    assert aot.excess(FOUND, FOUND) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("registers", 65, "registers 65 > 64"),
+        ("stack", 8, "stack 8 > 0"),
+        ("shared", 129, "shared 129 > 128"),
+        ("wide_loads", 5, "wide_loads 5 < 6"),
+    ],
+)
+def test_planted_excess_is_named(key, value, says):
+    assert aot.excess(FOUND | {key: value}, FOUND) == [says]
+
+
+def test_update_only_widens():
+    other = FOUND | {"registers": 60, "wide_loads": 4, "shared": 256}
+    assert aot.widened(other, FOUND) == FOUND | {"wide_loads": 4, "shared": 256}
+    assert aot.widened(other, None) == other
+
+
+def test_one_variant_compiles_and_an_excess_fails(tmp_path):
+    pytest.importorskip("triton")
+    code = f"""
+import json, pathlib, shutil, sys
+from benchmarks import compile as aot
+kept = aot.variants("modulate")[:1]
+aot.variants = lambda room: kept
+good = aot.check_room("modulate", ("sm_90", "gfx942"), False)
+folder = pathlib.Path({str(tmp_path)!r}) / "modulate"
+shutil.copytree(aot.KERNELS / "modulate", folder)
+budgets = json.loads((folder / "budget.json").read_text())
+budgets["sm_90"][kept[0].name]["registers"] = 1
+(folder / "budget.json").write_text(json.dumps(budgets))
+aot.KERNELS = folder.parent
+print("good" if good else "bad", aot.check_room("modulate", ("sm_90",), False))
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "good False"
+    assert "> 1" in done.stdout

@@ -1,0 +1,413 @@
+"""VDT: what it promises beside parity, and what it refuses."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fastvid.models.vdt import VDT, VDT_L, VDT_S, VDTConfig
+from fastvid.modules import hub
+
+TINY = VDTConfig(height=8, width=12, frames=6, dim=32, depth=2, heads=2, drop_labels=False)
+
+
+def redraw(model, std=0.1):
+    """Zero layers hide mistakes: draw every parameter anew."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for value in model.parameters():
+            value.copy_(torch.randn(value.shape, generator=generator) * std)
+    return model
+
+
+@pytest.fixture
+def model():
+    return redraw(VDT(TINY)).eval()
+
+
+@pytest.fixture
+def clip(rand):
+    return rand(2, 4, 6, 8, 12), torch.tensor([7, 901])
+
+
+def close(a, b, tolerance=1e-5):
+    assert (a - b).abs().max() <= tolerance * max(1, b.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("config", "millions", "trainable"),
+    [
+        (VDT_S, 41.4, 41.36),
+        (VDT_L, 859.8, 859.70),
+        (replace(VDT_S, mode="image", frames=1), 32.5, None),
+        (replace(VDT_L, mode="image", frames=1), 673.8, None),
+    ],
+)
+def test_published_sizes(config, millions, trainable):
+    with torch.device("meta"):
+        model = VDT(config)
+    count = sum(value.numel() for value in model.state_dict().values()) / 1e6
+    assert round(count, 1) == millions
+    if trainable:
+        assert round(sum(value.numel() for value in model.parameters()) / 1e6, 2) == trainable
+
+
+def test_a_new_model_predicts_zero_and_moves_in_time(rand):
+    model = VDT(TINY)
+    latents = rand(1, 4, 6, 8, 12)
+    assert not model(latents, torch.tensor([3])).any()
+    x = rand(1, 6, 24, 32)
+    block = model.blocks[0]
+    assert not torch.equal(block(x.clone(), torch.zeros(1, 6, 32)), x)  # Xavier in temporal.fc
+    bound = (6 / (TINY.dim + 3 * TINY.dim)) ** 0.5
+    assert bound * 0.9 < block.spatial.qkv.weight.abs().max() <= bound
+    assert 0.015 < model.timestep.fc2.weight.std() < 0.025
+    assert not any(v.any() for n, v in model.named_parameters() if n.endswith("bias"))
+
+
+@pytest.mark.parametrize("size", [(1, 8, 12), (6, 4, 8), (3, 2, 2)])
+def test_smaller_clips_use_the_first_positions(model, clip, size):
+    T, H, W = size
+    latents, timestep = clip
+    out = model(latents[:, :, :T, :H, :W], timestep)
+    state = model.to_official_state_dict()
+    grid = state["pos_embed"].view(4, 6, -1)[: H // 2, : W // 2]
+    state |= {"pos_embed": grid.reshape(1, -1, 32), "time_embed": state["time_embed"][:, :T]}
+    small = replace(TINY, frames=T, height=H, width=W)
+    exact = VDT.from_official(state, config=small).eval()
+    close(out, exact(latents[:, :, :T, :H, :W], timestep))
+    assert out.shape == (2, 8, T, H, W)
+
+
+def test_one_timestep_serves_the_batch(model, clip):
+    latents, _ = clip
+    shared = model(latents, torch.tensor([5]))
+    close(shared, model(latents, torch.tensor([5, 5])))
+
+
+def test_fixed_variance_is_the_first_half_of_the_learned(model, clip):
+    """With T = C, where swapped axes would go unnoticed."""
+    latents, timestep = clip[0][:, :, :4], clip[1]
+    fixed = VDT(replace(TINY, learned_variance=False)).eval()
+    state = model.state_dict()
+    for name in ("final.weight", "final.bias"):  # rows ordered (row, column, channel)
+        state[name] = state[name].unflatten(0, (4, 8))[:, :4].flatten(0, 1)
+    fixed.load_state_dict(state)
+    close(fixed(latents, timestep), model(latents, timestep)[:, :4])
+
+
+def test_condition_frames_are_put_before_and_cut_off(model, clip):
+    latents, timestep = clip
+    out = model(latents[:, :, 2:], timestep, condition_frames=latents[:, :, :2])
+    close(out, model(latents, timestep)[:, :, 2:])
+
+
+def test_bfloat16(model, clip):
+    latents, timestep = clip
+    with torch.no_grad():
+        exact = model(latents, timestep)
+        out = model.bfloat16()(latents, timestep)
+    assert out.dtype == torch.float32
+    assert (out - exact).norm() < 0.03 * exact.norm()
+
+
+def test_autocast_trains_like_float32(model, clip):
+    latents, timestep = clip
+    gradients = []
+    for enabled in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            model(latents, timestep).square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    exact, rounded = gradients
+    assert rounded.dtype == torch.float32
+    assert (rounded - exact).norm() < 0.05 * exact.norm()
+
+
+def test_autocast_infers_like_float32(model, clip):
+    with torch.no_grad():
+        exact = model(*clip)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = model(*clip)
+    assert rounded.dtype == torch.float32
+    assert (rounded - exact).norm() < 0.03 * exact.norm()
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_recomputed_blocks_give_the_same_gradients(model, clip, blocks):
+    gradients = []
+    for count in (0, blocks):
+        model.checkpoint_blocks = count
+        model.zero_grad()
+        model(*clip).square().mean().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name
+
+
+def test_recomputed_blocks_keep_less(model, clip):
+    def kept(count):
+        model.checkpoint_blocks, seen = count, {}
+
+        def pack(tensor):
+            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(*clip)
+        return sum(seen.values())
+
+    assert kept(2) < kept(1) < kept(0)
+
+
+def test_less_is_kept_than_one_tensor_per_layer(clip):
+    """Per token and block, in units of the width: 5 temporal, 6 spatial, 6 in the MLP, no more."""
+    config = replace(TINY, depth=1, mlp_ratio=4.0)
+    model, seen = redraw(VDT(config)), {}
+    own = {value.untyped_storage().data_ptr() for value in model.state_dict().values()}
+    unit = 2 * 6 * 24 * 32 * 4  # bytes of the stream
+
+    def pack(tensor):
+        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(*clip)
+    streams = sum(size for at, size in seen.items() if at not in own and size >= unit)
+    assert streams <= 19 * unit
+
+
+def test_folding_changes_nothing_but_the_parameters(model, clip):
+    latents, timestep = clip
+    before = sum(value.numel() for value in model.parameters())
+    with torch.no_grad():
+        exact = model(latents, timestep)
+        close(model.fold()(latents, timestep), exact)
+    assert before - sum(value.numel() for value in model.parameters()) == 2 * (32 * 32 + 32)
+    for save in (model.to_official_state_dict, lambda: model.save_pretrained("never")):
+        with pytest.raises(RuntimeError, match="folded"):
+            save()
+
+
+@pytest.mark.parametrize("rows", [1, 40, 10_000])
+def test_inference_in_pieces_is_the_same(model, clip, monkeypatch, rows):
+    exact = model(*clip)
+    monkeypatch.setattr("fastvid.models.vdt._ROWS", rows)
+    with torch.inference_mode():
+        close(model(*clip), exact)
+
+
+def test_inference_leaves_its_inputs_alone(model, clip):
+    latents, timestep = clip
+    before = latents.clone()
+    with torch.no_grad():
+        model(latents, timestep)
+    assert torch.equal(latents, before)
+
+
+def test_compiles_whole(model, clip):
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    out = compiled(*clip)
+    close(out, model(*clip))
+    out.square().mean().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    model(*clip).square().mean().backward()
+    for name, p in model.named_parameters():
+        close(gradients[name], p.grad)
+
+
+def test_labels_drop_in_training_unless_told_otherwise(clip):
+    latents, timestep = clip
+    model = redraw(VDT(replace(TINY, drop_labels=True, class_dropout=0.5))).train()
+    torch.manual_seed(0)
+    drawn = {tuple(model(latents, timestep).flatten().tolist()) for _ in range(6)}
+    assert len(drawn) > 1
+    model.eval()
+    assert torch.equal(model(latents, timestep), model(latents, timestep))
+    model = redraw(VDT(replace(TINY, class_dropout=0.5))).train()
+    assert torch.equal(model(latents, timestep), model(latents, timestep))
+
+
+def test_guidance_reaches_the_dropped_label(model, clip):
+    latents, timestep = clip
+    null = torch.tensor([TINY.num_classes])
+    assert not torch.allclose(model(latents, timestep), model(latents, timestep, labels=null))
+    mixed = model(latents, timestep, labels=torch.tensor([0, 1]))
+    close(mixed[1], model(latents, timestep, labels=null)[1])
+
+
+def test_image_weights_start_a_video_model(clip):
+    latents, timestep = clip
+    image = redraw(VDT(replace(TINY, mode="image", frames=1))).eval()
+    video = VDT.from_image(image, frames=6).eval()
+    assert video.config == replace(TINY, frames=6)
+    for block in video.blocks:
+        torch.nn.init.zeros_(block.temporal.fc.weight)
+    video.time.zero_()
+    frames = torch.stack([image(latents[:, :, t : t + 1], timestep)[:, :, 0] for t in range(6)], 2)
+    close(video(latents, timestep), frames)
+    with pytest.raises(ValueError, match="image must have"):
+        VDT.from_image(video)
+
+
+class TestOfficialWeights:
+    @pytest.fixture
+    def state(self, model):
+        return model.to_official_state_dict()
+
+    @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+    def test_from_a_file(self, model, state, clip, tmp_path, suffix):
+        path = tmp_path / f"weights.{suffix}"
+        save_file(state, path) if suffix == "safetensors" else torch.save(state, path)
+        assert torch.equal(VDT.from_official(path, config=TINY).eval()(*clip), model(*clip))
+
+    def test_the_config_is_read_off_the_shapes(self):
+        config = replace(TINY, width=8, class_dropout=0.1, num_classes=5, learned_variance=False)
+        state = VDT(config).to_official_state_dict()
+        assert VDT.from_official(state, heads=2).config == replace(config, drop_labels=True)
+        with pytest.raises(ValueError, match="heads must be given: width 32"):
+            VDT.from_official(state)
+
+    def test_a_grid_that_is_not_square_needs_a_config(self, state):
+        state["pos_embed"] = state["pos_embed"][:, :6]
+        with pytest.raises(ValueError, match="pos_embed of 6 tokens is not square"):
+            VDT.from_official(state, heads=2)
+
+    def test_larger_grids_and_longer_clips(self, model, state, rand):
+        large = VDT.from_official(state, config=TINY, frames=9, height=16, width=16)
+        assert large(rand(1, 4, 9, 16, 16), torch.tensor([3])).shape == (1, 8, 9, 16, 16)
+        assert torch.equal(large.time, VDT(replace(TINY, frames=9)).time)
+        stretched = VDT.from_official(state, config=TINY, frames=11, time_interpolation=True)
+        close(stretched.time[::2], model.time)
+        close(stretched.time[1], (model.time[0] + model.time[1]) / 2)
+
+    def test_own_time_table_is_kept(self, state):
+        state["time_embed"] = state["time_embed"] + 1
+        assert torch.equal(VDT.from_official(state, config=TINY).time, state["time_embed"][0])
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda s: s.pop("blocks.1.attn.qkv.bias"), r"missing blocks\.1\.attn\.qkv\.bias"),
+            (lambda s: s.update({"ema.x": torch.ones(1)}), r"left over ema\.x"),
+            (
+                lambda s: s.update({"time_embed": torch.ones(1, 5, 32)}),
+                r"time_embed is \(1, 5, 32\) instead of \(1, 6, 32\)",
+            ),
+        ],
+    )
+    def test_what_does_not_fit_is_named(self, state, change, message):
+        change(state)
+        with pytest.raises(ValueError, match=message):
+            VDT.from_official(state, config=TINY)
+
+    def test_other_weights_and_contradictions(self, state):
+        with pytest.raises(ValueError, match="not the weights of a VDT: missing pos_embed"):
+            VDT.from_official({"weight": torch.ones(1)})
+        with pytest.raises(ValueError, match="heads=4 contradicts"):
+            VDT.from_official(state, config=TINY, heads=4)
+
+
+class TestHubFolder:
+    @pytest.fixture
+    def folder(self, model, tmp_path):
+        model.save_pretrained(tmp_path / "model")
+        return tmp_path / "model"
+
+    def test_comes_back(self, model, clip, folder):
+        names = {path.name for path in folder.iterdir()}
+        assert {"config.json", "model.safetensors"} <= names <= {"README.md", *names}
+        back = VDT.from_pretrained(folder)
+        assert back.config == TINY
+        assert not back.training
+        assert torch.equal(back(*clip), model(*clip))
+        assert all(value.requires_grad for value in back.parameters())
+
+    def test_unknown_config_key(self, folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"colour": 1}))
+        with pytest.raises(ValueError, match=r"unknown to VDTConfig: \['colour'\]"):
+            VDT.from_pretrained(folder)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda s: s.pop("final.bias"), r"missing final\.bias"),
+            (lambda s: s.update({"extra": torch.ones(1)}), "left over extra"),
+            (lambda s: s.update({"final.bias": torch.ones(3)}), r"final\.bias is \(3,\) instead"),
+        ],
+    )
+    def test_weights_that_do_not_fit(self, folder, change, message):
+        state = load_file(folder / "model.safetensors")
+        change(state)
+        save_file(state, folder / "model.safetensors")
+        with pytest.raises(ValueError, match=message):
+            VDT.from_pretrained(folder)
+
+    def test_truncated_weights(self, folder):
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-100])
+        with pytest.raises(ValueError, match="not a whole safetensors file"):
+            VDT.from_pretrained(folder)
+
+    @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+    def test_missing_file(self, folder, name):
+        (folder / name).unlink()
+        with pytest.raises(FileNotFoundError, match=name):
+            VDT.from_pretrained(folder)
+
+    def test_a_full_disk_leaves_the_old_folder(self, model, folder, tmp_path, monkeypatch):
+        def full(*args, **kwargs):
+            raise OSError(28, "No space left on device")
+
+        shutil.copytree(folder, tmp_path / "copy")
+        monkeypatch.setattr(hub, "save_file", full)
+        with pytest.raises(OSError, match="No space left"):
+            redraw(model, 0.2).save_pretrained(folder)
+        assert {p.name: p.read_bytes() for p in folder.iterdir()} == {
+            p.name: p.read_bytes() for p in (tmp_path / "copy").iterdir()
+        }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dim": 30, "heads": 2}, "dim must be a multiple of 4"),
+        ({"heads": 3}, "dim must be a multiple of 3"),
+        ({"height": 7}, "height must be a multiple of 2"),
+        ({"depth": 0}, "depth must be positive"),
+        ({"class_dropout": 1.0}, "class_dropout must be in"),
+        ({"mode": "audio"}, "mode must be"),
+        ({"mode": "image"}, "frames=1"),
+    ],
+)
+def test_configs_that_make_no_sense(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(TINY, **change)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"latents": (2, 3, 6, 8, 12)}, ValueError, r"latents must be \(B, 4, T, H, W\)"),
+        ({"latents": (2, 4, 7, 8, 12)}, ValueError, "1 to 6 frames, got 7"),
+        ({"latents": (2, 4, 6, 10, 12)}, ValueError, "H of latents .* at most 8"),
+        ({"latents": (2, 4, 6, 8, 11)}, ValueError, "W of latents must be a multiple of 2"),
+        ({"timestep": torch.tensor([1, 2, 3])}, ValueError, r"timestep must be \(2,\) or \(1,\)"),
+        ({"timestep": torch.tensor([0.5])}, TypeError, "timestep must be integers"),
+        ({"known": torch.ones(2, 6)}, TypeError, "known must be bool, True where given"),
+        ({"known": torch.ones(2, 5).bool()}, ValueError, r"known must be \(2, 6\) or"),
+        ({"labels": torch.tensor([0.0])}, TypeError, "labels must be integers"),
+        ({"condition_frames": torch.ones(2, 4, 1, 8, 8)}, ValueError, "condition_frames must be"),
+        ({"condition_frames": torch.ones(2, 4, 1, 8, 12)}, ValueError, "got 7"),
+    ],
+)
+def test_bad_input_is_named(model, arguments, error, message):
+    latents = torch.zeros(arguments.pop("latents", (2, 4, 6, 8, 12)))
+    timestep = arguments.pop("timestep", torch.tensor([1]))
+    with pytest.raises(error, match=message):
+        model(latents, timestep, **arguments)

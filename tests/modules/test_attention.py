@@ -1,0 +1,47 @@
+"""Attention over one axis equals the same attention on moved tokens."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastvid.modules.attention import SpatialAttention, TemporalAttention
+
+
+def plain(module, x):
+    """(sequences, length, D), qkv packed."""
+    S, L, D = x.shape
+    qkv = F.linear(x, module.qkv.weight, module.qkv.bias)
+    q, k, v = qkv.view(S, L, 3, module.heads, D // module.heads).permute(2, 0, 3, 1, 4)
+    weights = (q @ k.transpose(-1, -2) / (D // module.heads) ** 0.5).softmax(-1)
+    return F.linear(
+        (weights @ v).transpose(1, 2).reshape(S, L, D), module.proj.weight, module.proj.bias
+    )
+
+
+def test_spatial(rand):
+    module, x = SpatialAttention(32, 4), rand(2, 3, 7, 32)
+    expected = plain(module, x.flatten(0, 1)).view(x.shape)
+    torch.testing.assert_close(module(x), expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("frames", [1, 5])
+@pytest.mark.parametrize("folded", [False, True])
+def test_temporal(rand, frames, folded):
+    module, x = TemporalAttention(32, 4), rand(2, frames, 7, 32)  # fewer and more tokens than D
+    torch.nn.init.normal_(module.proj.bias)
+    torch.nn.init.normal_(module.fc.bias)
+    moved = plain(module, x.transpose(1, 2).flatten(0, 1))
+    expected = F.linear(moved, module.fc.weight, module.fc.bias)
+    expected = expected.view(2, 7, frames, 32).transpose(1, 2)
+    if folded:
+        module.fold()
+        assert module.fc is None
+    torch.testing.assert_close(module(x), expected, atol=2e-6, rtol=1e-5)
+
+
+def test_no_layout_copies(rand):
+    module, x = TemporalAttention(32, 4), rand(2, 5, 7, 32)
+    module.fold()
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        module(x)
+    assert not {event.key for event in profile.key_averages()} & {"aten::copy_", "aten::clone"}
