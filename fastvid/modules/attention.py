@@ -86,8 +86,8 @@ class MaskedSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, visibility: Visibility) -> Tensor:
         B, N, D = x.shape
-        qkv = self.qkv(x).view(B, N, 3, self.heads, D // self.heads)
-        return self.proj(masked_attention(*qkv.unbind(2), visibility).reshape(B, N, D))
+        q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).unbind(2)
+        return self.proj(masked_attention(q, k, v, visibility).view(B, N, D))
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, split: tuple[int, int, int, int]) -> Tensor:

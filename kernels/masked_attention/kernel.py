@@ -425,7 +425,7 @@ def _sizes(table: Tensor, spans: Tensor, N: int, M: int) -> tuple[int, ...]:
     return table.shape[1], spans.shape[2], N, M, *steps
 
 
-def _strides(tensor: Tensor) -> tuple[int, int, int]:
+def _strides(tensor: Tensor) -> tuple[int, ...]:
     """Steps along batch, tokens and heads; 0 along an axis of size 1, whose stride is arbitrary."""
     b, n, h, _ = tensor.stride()
     return tuple(s if size > 1 else 0 for s, size in zip((b, n, h), tensor.shape, strict=False))

@@ -1,5 +1,7 @@
 """`masked_attention`: the registered op, its gradient, and the public function."""
 
+from typing import Literal, overload
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -88,6 +90,20 @@ _masked_attention = torch.ops.fastvid.masked_attention.default
 _masked_attention_backward = torch.ops.fastvid.masked_attention_backward.default
 
 
+@overload
+def masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, *, scale: float | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, *, scale: float | None = None,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
 def masked_attention(
     q: Tensor,
     k: Tensor,
@@ -145,9 +161,8 @@ def masked_attention(
     # A compiled graph must not depend on what the host happens to know.
     if not (return_lse or torch.compiler.is_compiling()) and _vendor_serves(q, visibility):
         announce("masked_attention", "SDPA, since nothing is hidden")
-        heads_first = (tensor.transpose(1, 2) for tensor in (q, k, v))
-        out = F.scaled_dot_product_attention(*heads_first, scale=scale)
-        return out.transpose(1, 2).contiguous()
+        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).contiguous()
     tables = visibility.rows, visibility.row_spans, visibility.columns, visibility.column_spans
     out, lse = _masked_attention(q, k, v, *tables, scale)
     return (out, lse) if return_lse else out

@@ -1,10 +1,11 @@
-"""Attention over one axis equals the same attention on moved tokens."""
+"""Attention over one axis equals the same on moved tokens; over frames, that of the frames."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fastvid.modules.attention import SpatialAttention, TemporalAttention
+from fastvid.functional import FrameLayout, Visibility
+from fastvid.modules.attention import MaskedSelfAttention, SpatialAttention, TemporalAttention
 
 
 def plain(module, x):
@@ -45,3 +46,13 @@ def test_no_layout_copies(rand):
     with torch.no_grad(), torch.profiler.profile() as profile:
         module(x)
     assert not {event.key for event in profile.key_averages()} & {"aten::copy_", "aten::clone"}
+
+
+def test_masked(rand):
+    module, x = MaskedSelfAttention(32, 2), rand(2, 21, 32)
+    full = Visibility.full(FrameLayout([7] * 3))
+    torch.testing.assert_close(module(x, full), plain(module, x), atol=1e-6, rtol=1e-5)
+    alone = Visibility.window(FrameLayout([7] * 3), 0, 0)
+    frames = plain(module, x.reshape(6, 7, 32)).view(x.shape)
+    torch.testing.assert_close(module(x, alone), frames, atol=1e-6, rtol=1e-5)
+    assert sorted(module.state_dict()) == ["proj.bias", "proj.weight", "qkv.bias", "qkv.weight"]
