@@ -158,9 +158,10 @@ def backward(
         (whole,) = plans[0].rectangles
         if _size(whole.queries) == q.shape[1] and whole.keys == ((0, k.shape[1]),):
             return _flash_backward(dout, q, k, v, out, lse, scale)
-    dq, dk, dv = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    # Sums over calls are float32 whatever the inputs.
+    dq, dk, dv = (torch.zeros(t.shape, dtype=lse.dtype, device=t.device) for t in (q, k, v))
     if not dq.numel():
-        return dq, dk, dv
+        plans = []  # the kernels divide by the batch and by the heads
     for sample, its_plan in zip(_samples(len(plans)), plans, strict=True):
         for rectangle in its_plan.rectangles:
             for queries in _blocks(rectangle.queries):
@@ -174,7 +175,7 @@ def backward(
                     _add(dv[sample], keys, parts[2])
         for start, end in its_plan.alone:
             dv[sample, start:end] += dout[sample, start:end]
-    return dq, dk, dv
+    return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

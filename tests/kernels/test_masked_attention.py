@@ -380,3 +380,11 @@ def test_refusals(change, error, says):
     given = {"q": x, "k": x, "v": x, "visibility": visibility_of("causal")} | change
     with pytest.raises(error, match=says):
         masked_attention(**given)
+
+
+def test_cpu_sums_over_many_frames_are_float32(within_budget):
+    torch.manual_seed(0)
+    q, k, v, dout = torch.randn(4, 1, 24 * 16, 2, 64).bfloat16()
+    visibility = Visibility.causal(FrameLayout([16] * 24))
+    found = ours(q, k, v, visibility, dout)
+    check_budget(within_budget, found, q, k, v, visibility, dout, 0.125)
