@@ -24,7 +24,8 @@ RIVALS = {  # what the model's mean has to beat, by task: rows of the scores, in
     },
 }
 CLIPS, HELD_OUT, LENGTH = 800, 32, 32  # motion clips to train on and to hold out, frames of each
-RADIUS, SPEED = (0.14, 0.25), (0.05, 0.1)  # of the shapes, in sides of the picture, per frame
+RADIUS, SPEED = (0.12, 0.2), (0.07, 0.12)  # of the shapes, in sides of the picture, per frame
+SPIN, TEXTURE = 0.05, 0.3  # radians per frame; strength of the background's pattern
 SCORED, SHOWN = 96, 4  # held-out windows that are scored, and that are drawn, at most
 DDIM_STEPS = 50
 FPS = 4.0  # of the pictures: slow enough to see each frame
@@ -119,6 +120,8 @@ def make_clips(folder: Path, *, dry_run: bool = False) -> None:
             seed=seed,
             radius=RADIUS,
             speed=SPEED,
+            spin=SPIN,
+            texture=TEXTURE,
         )
 
 

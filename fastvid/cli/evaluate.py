@@ -1,7 +1,9 @@
 """Score a model on held-out clips: PSNR, SSIM, LPIPS, FVD, beside copying and blending."""
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +15,7 @@ from fastvid.diffusion.tasks import TASKS
 if TYPE_CHECKING:
     from fastvid.metrics import FVD
     from fastvid.training.codec import Codec
-    from fastvid.training.config import TrainConfig
+    from fastvid.training.config import DataConfig, TrainConfig
     from fastvid.training.evaluate import Metric
 
 
@@ -50,6 +52,7 @@ def main(argv: Sequence[str]) -> int:
             clips,
             task=task,
             given=given,
+            window=model.config.frames,
             prediction=config.diffusion.prediction,
             steps=options.steps,
             samples=options.samples,
@@ -61,6 +64,8 @@ def main(argv: Sequence[str]) -> int:
             device=device,
             progress=progress,
         )
+    print(clips.dataset.report, file=sys.stderr)  # type: ignore[attr-defined]
+    result["task"] = options.task  # as it was asked for
     print(format_table(result))
     out = Path(options.out or Path(options.run) / f"metrics-{options.task}.json")
     source = {"fastvid": __version__, "model": str(options.run), "data": options.data}
@@ -74,13 +79,21 @@ def _parser() -> argparse.ArgumentParser:
         prog="fastvid evaluate",
         description=__doc__,
         epilog="One sample pays up to 3 dB against the mean of what may follow: compare the mean "
-        "rows with blending. Frames that are given do not count.",
+        "rows with blending. Frames that are given do not count; FVD leaves them out where 10 or "
+        "more others remain, and says so.",
     )
     add = parser.add_argument
     add("run", help="run folder of `fastvid train`, or a model folder in one")
     add("--data", metavar="DIR", help="folder of clips [what the run held out]")
     add("--task", choices=TASKS, required=True, metavar="TASK", help=", ".join(TASKS))
     add("--given", type=int, metavar="K", help="given frames [those of training, else of the task]")
+    add(
+        "--frames",
+        type=int,
+        metavar="N",
+        help="per clip [those of training]; more than the model "
+        "makes at once are made by sliding windows",
+    )
     add("--clips", type=int, default=64, metavar="N", help="clips at most, spread over DIR [64]")
     add("--samples", type=int, default=8, help="per clip; over 1, their mean is scored too [8]")
     add("--steps", type=int, help="DDIM steps [50, or the whole of a shorter chain]")
@@ -116,15 +129,18 @@ def _clips(options: argparse.Namespace, config: "TrainConfig", codec: "Codec") -
     """Up to `--clips` clips, evenly spread over the held-out set."""
     from fastvid.training.batches import open_sets
 
-    if options.clips < 1:
-        raise ValueError(f"--clips must be at least 1, got {options.clips}")
+    for name in ("clips", "frames"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")
+    # Clips are read once: a cache would only decode all files, those trained on among them.
+    data = replace(config.data, frames=options.frames or config.data.frames, cache=False)
     held: Dataset | None
     if options.data:
-        held = _open(options.data, config)
+        held = _open(options.data, data)
     elif config.data.kind == "latents":
         raise ValueError("--data must name a folder of clips: the run was trained on latents")
     else:
-        _, held = open_sets(config.data, codec, config.run.seed)
+        _, held = open_sets(data, codec, config.run.seed)
         if held is None:
             raise ValueError("--data must name a folder of clips: the run held none out")
     size = len(held)  # type: ignore[arg-type]
@@ -132,9 +148,8 @@ def _clips(options: argparse.Namespace, config: "TrainConfig", codec: "Codec") -
     return Subset(held, [number * size // count for number in range(count)])
 
 
-def _open(folder: str, config: "TrainConfig") -> Dataset:
+def _open(folder: str, data: "DataConfig") -> Dataset:
     """All clips of a folder, cut as the run's were."""
-    data = config.data
     if data.kind in ("clips", "latents"):
         from fastvid.data.clips import ClipDataset
 
@@ -155,5 +170,5 @@ def _open(folder: str, config: "TrainConfig") -> Dataset:
         size=data.size,
         stride=data.stride,
         fit=data.fit,
-        windows="first",
+        windows="grid",
     )

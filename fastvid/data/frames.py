@@ -11,13 +11,13 @@ import re
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .video import Fit, VideoError, resize
+from .video import MAX_PIXELS, Fit, VideoError, resize, shown
+from .windows import How, WindowDataset
 
 log = logging.getLogger(__name__)
 
@@ -26,12 +26,15 @@ IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm")
 _CITYSCAPES = re.compile(r"(?P<city>.+)_(?P<sequence>\d+)_(?P<frame>\d+)_leftImg8bit\.png")
 
 
-class FrameFolderDataset(torch.utils.data.Dataset):
+class FrameFolderDataset(WindowDataset):
     """Clips of image sequences as `{"video": (3, T, H, W), "path": str, "start": int}`.
 
     `video` is float32 in [-1, 1]; `path` is the first image of the sequence, `start` the number of
     the clip's first image in it. An index is an int, which means epoch 0, or the `(epoch, index)`
     of `ResumableSampler`; with the seed it decides the window.
+
+    A sequence that is too short is left out. One with a damaged image counts as bad when the image
+    is met, and its turn goes to another sequence, as in `ClipDataset`. `report` names both.
 
     Args:
         source: a folder of folders of images (see `frame_folders`), or the sequences themselves,
@@ -39,14 +42,15 @@ class FrameFolderDataset(torch.utils.data.Dataset):
         frames: T; None takes all frames of every sequence, which must then be equally long.
         size: (H, W) in pixels, fitted as `video.resize` says.
         stride: distance between two frames of a clip, in images.
-        windows: "random", a random window of each sequence; "first", the one at its start.
+        windows: "random", a random window of each sequence; "grid", all that lie side by side.
         seed: of the windows and flips.
         hflip: mirror half of the clips, by chance.
         fit: "crop" or "letterbox".
+        max_bad: share of bad sequences at which to stop; a single one is always tolerated.
     Raises:
         FileNotFoundError: the folder is missing or holds no images.
-        ValueError: a sequence is too short (it is named), or an argument makes no sense.
-        VideoError: when an item is read: an image is damaged; it is named.
+        RuntimeError: too many sequences are bad, or none is long enough: the message names them.
+        ValueError: an argument makes no sense.
     """
 
     def __init__(
@@ -56,69 +60,70 @@ class FrameFolderDataset(torch.utils.data.Dataset):
         frames: int | None,
         size: tuple[int, int],
         stride: int = 1,
-        windows: Literal["random", "first"] = "random",
+        windows: How = "random",
         seed: int = 0,
         hflip: bool = False,
         fit: Fit = "crop",
+        max_bad: float = 0.1,
     ):
-        if stride < 1 or seed < 0 or min(size) < 1 or (frames is not None and frames < 1):
-            raise ValueError(
-                "frames, stride and size must be >= 1, seed >= 0, "
-                f"got frames={frames}, stride={stride}, size={size}, seed={seed}"
-            )
-        if windows not in ("random", "first"):
-            raise ValueError(f'windows must be "random" or "first", got {windows!r}')
         if isinstance(source, (str, os.PathLike)):
-            source = frame_folders(source)
-        self.sequences = [list(sequence) for sequence in source]
-        if not self.sequences:
-            raise ValueError("source is an empty list of sequences")
+            source, place = frame_folders(source), str(source)
+        else:
+            place = "the list of sequences"
+        sequences = [list(sequence) for sequence in source]
         if frames is None:
-            lengths = {len(sequence) for sequence in self.sequences}
+            lengths = {len(sequence) for sequence in sequences}
             if len(lengths) > 1:
                 raise ValueError(f"sequences have {sorted(lengths)} frames: give frames")
-            frames = -(-lengths.pop() // stride)
-        self.frames, self.size, self.stride = frames, size, stride
-        self.windows, self.seed, self.hflip = windows, seed, hflip
-        self.fit: Fit = fit
-        self._span = (frames - 1) * stride + 1
-        for sequence in self.sequences:
-            if len(sequence) < self._span:
-                where = sequence[0].parent if sequence else "an empty sequence"
-                raise ValueError(
-                    f"{where} holds {len(sequence)} images, a clip needs {self._span} "
-                    f"({frames} frames at stride {stride})"
-                )
+            frames = -(-max(lengths, default=1) // max(stride, 1))
+        super().__init__(
+            sequences,
+            place,
+            "sequences",
+            frames=frames,
+            size=size,
+            stride=stride,
+            windows=windows,
+            seed=seed,
+            hflip=hflip,
+            fit=fit,
+            max_bad=max_bad,
+        )
 
-    def __len__(self) -> int:
-        return len(self.sequences)
+    def _name(self, source: list[Path]) -> str:
+        return str(source[0]) if source else "a sequence without images"
 
-    def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Any]:
-        epoch, index = index if isinstance(index, tuple) else (0, index)
-        if not 0 <= index < len(self):
-            raise IndexError(f"index must be in [0, {len(self)}), got {index}")
-        sequence = self.sequences[index]
-        rng = np.random.default_rng([self.seed, epoch, index])
-        last = len(sequence) - self._span
-        start = int(rng.integers(last + 1)) if self.windows == "random" else 0
-        images = sequence[start : start + self._span : self.stride]
-        clip = torch.stack([resize(read_image(p)[None], self.size, self.fit)[0] for p in images])
-        if self.hflip and rng.random() < 0.5:
-            clip = clip.flip(-1)
-        video = clip.transpose(0, 1).float().div_(127.5).sub_(1)
-        return {"video": video.contiguous(), "path": str(sequence[0]), "start": start}
+    def _length(self, source: list[Path]) -> int:
+        return len(source)
+
+    def _read(self, source: list[Path], start: int) -> Tensor:
+        images = source[start : start + self._span : self.stride]
+        return torch.stack([resize(read_image(p)[None], self.size, self.fit)[0] for p in images])
 
 
 def read_image(path: str | os.PathLike[str]) -> Tensor:
-    """Read an image as (3, H, W) uint8, RGB.
+    """Read an image as (3, H, W) uint8, RGB, turned upright as its EXIF data say.
+
+    Greyscale of 16 bits is scaled to 8.
 
     Raises:
-        VideoError: it is missing, damaged or no image.
+        VideoError: it is missing, damaged, no image, larger than `video.MAX_PIXELS`, or holds
+            floating-point levels, whose range no file tells.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as image:
+            if image.height * image.width > MAX_PIXELS:
+                raise VideoError(
+                    path, f"its {image.height} x {image.width} exceed {MAX_PIXELS} pixels"
+                )
+            if image.mode == "F":
+                raise VideoError(path, "its levels are floating-point numbers of unknown range")
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # Pillow itself would clip at 255: all white
+                grey = np.rint(np.asarray(image, dtype=np.float64) / 257).clip(0, 255)
+                image = Image.fromarray(grey.astype(np.uint8))
             pixels = np.array(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise VideoError(path, f"cannot be read: {error}") from error
@@ -128,7 +133,7 @@ def read_image(path: str | os.PathLike[str]) -> Tensor:
 def frame_folders(root: str | os.PathLike[str]) -> list[list[Path]]:
     """Every folder at or below `root` that holds images, as a sequence in natural order.
 
-    Natural order puts `frame2.png` before `frame10.png`.
+    Natural order puts `frame2.png` before `frame10.png`. Hidden files and folders are left out.
 
     Raises:
         FileNotFoundError: no such folder, or no image in it.
@@ -138,7 +143,7 @@ def frame_folders(root: str | os.PathLike[str]) -> list[list[Path]]:
         raise FileNotFoundError(f"no folder {root}")
     found: dict[Path, list[Path]] = {}
     for path in root.rglob("*"):
-        if path.suffix.lower() in IMAGES and not path.name.startswith("."):
+        if path.suffix.lower() in IMAGES and shown(path, root):
             found.setdefault(path.parent, []).append(path)
     if not found:
         raise FileNotFoundError(f"no image in {root}: looked for {', '.join(IMAGES)}")

@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import re
-import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from .atomic import whole
 
 INDEX = "index.json"
 _FORMAT = "fastvid-latents-1"
@@ -39,6 +42,8 @@ class LatentWriter:
         per_shard: clips per file.
     Raises:
         FileExistsError: the folder holds something.
+        OSError: the disk is full or refuses; the message names the file.
+        ValueError: when the block ends: no clip was added.
     """
 
     def __init__(
@@ -51,7 +56,7 @@ class LatentWriter:
             raise FileExistsError(f"{self.folder} exists and is not an empty folder")
         self.codec = json.loads(json.dumps(codec))
         self.per_shard = per_shard
-        self._part = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.part")
+        self._whole = whole(self.folder)
         self._waiting: dict[str, Tensor] = {}
         self._shards: list[dict[str, Any]] = []
         self._items: list[dict[str, Any]] = []
@@ -69,7 +74,8 @@ class LatentWriter:
             self._flush()
 
     def __enter__(self) -> LatentWriter:
-        self._part.mkdir(parents=True)
+        self._part = self._whole.__enter__()
+        self._part.mkdir()
         return self
 
     def __exit__(
@@ -78,19 +84,24 @@ class LatentWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        try:
-            if kind is None:
-                self._flush()
-                index = {
-                    "format": _FORMAT,
-                    "codec": self.codec,
-                    "shards": self._shards,
-                    "items": self._items,
-                }
-                (self._part / INDEX).write_text(json.dumps(index, indent=1))
-                os.replace(self._part, self.folder)
-        finally:
-            shutil.rmtree(self._part, ignore_errors=True)
+        with ExitStack() as stack:
+            stack.push(self._whole)  # exits last: with no error it publishes, else it removes
+            if error is not None:
+                raise error
+            self._finish()
+
+    def _finish(self) -> None:
+        if not self._items:
+            raise ValueError(f"no clip was added to {self.folder}")
+        self._flush()
+        index = {
+            "format": _FORMAT,
+            "codec": self.codec,
+            "shards": self._shards,
+            "items": self._items,
+        }
+        with _disk_errors(self.folder / INDEX):
+            (self._part / INDEX).write_text(json.dumps(index, indent=1))
 
     def _flush(self) -> None:
         from safetensors.torch import save_file
@@ -98,7 +109,8 @@ class LatentWriter:
         if not self._waiting:
             return
         name = f"latents-{len(self._shards):05d}.safetensors"
-        save_file(self._waiting, self._part / name)
+        with _disk_errors(self.folder / name):
+            save_file(self._waiting, self._part / name)
         self._shards.append({"file": name, "sha256": _digest(self._part / name)})
         self._waiting = {}
 
@@ -135,18 +147,23 @@ class LatentDataset(torch.utils.data.Dataset):
                 raise ValueError(f"format must be {_FORMAT}, got {index['format']}")
             self.codec: dict[str, Any] = index["codec"]
             self._shards = [self._shard(entry["file"]) for entry in index["shards"]]
-            digests = [str(entry["sha256"]) for entry in index["shards"]]
+            self._digests = [str(entry["sha256"]) for entry in index["shards"]]
             self._items = [
-                (self._shards[_whole(item["shard"])], str(item["key"]), item["path"], item["start"])
+                (
+                    _below(len(self._shards), item["shard"]),
+                    str(item["key"]),
+                    item["path"],
+                    item["start"],
+                )
                 for item in index["items"]
             ]
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{source} is malformed: {error!r}") from error
         if not self._items:
             raise ValueError(f"{source} lists no clip")
         if codec is not None and json.loads(json.dumps(codec)) != self.codec:
             raise ValueError(f"{self.folder} was encoded with codec {self.codec}, not with {codec}")
-        for shard, digest in zip(self._shards, digests, strict=True):
+        for shard, digest in zip(self._shards, self._digests, strict=True):
             if not shard.is_file():
                 raise FileNotFoundError(f"shard {shard} is missing")
             if verify and _digest(shard) != digest:
@@ -160,7 +177,8 @@ class LatentDataset(torch.utils.data.Dataset):
         if not 0 <= index < len(self):
             raise IndexError(f"index must be in [0, {len(self)}), got {index}")
         shard, key, path, start = self._items[index]
-        return {"latents": _opened(shard).get_tensor(key), "path": path, "start": start}
+        latents = _opened(self._shards[shard], self._digests[shard]).get_tensor(key)
+        return {"latents": latents, "path": path, "start": start}
 
     def _shard(self, name: str) -> Path:
         """A file of the folder itself: names that lead elsewhere are refused, links too."""
@@ -170,17 +188,28 @@ class LatentDataset(torch.utils.data.Dataset):
 
 
 @lru_cache(maxsize=64)
-def _opened(shard: Path) -> Any:
-    """A shard mapped into memory, kept open by each process."""
+def _opened(shard: Path, digest: str) -> Any:
+    """A shard mapped into memory, kept open by each process; a rewritten one is opened anew."""
     from safetensors import safe_open
 
     return safe_open(shard, framework="pt")
 
 
-def _whole(number: Any) -> int:
-    if not isinstance(number, int) or number < 0:
-        raise ValueError(f"a shard number must be >= 0, got {number!r}")
+def _below(count: int, number: Any) -> int:
+    if not isinstance(number, int) or not 0 <= number < count:
+        raise ValueError(f"a shard number must be in [0, {count}), got {number!r}")
     return number
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """Turn what safetensors and the system say of a full disk into one error with the path."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def _digest(path: Path) -> str:

@@ -81,16 +81,22 @@ class ResumableSampler(torch.utils.data.Sampler):
             self.epoch, self.seen = self.epoch + 1, 0  # the rest does not reach every process
 
     def state_dict(self) -> dict[str, int]:
-        return {"seed": self.seed, "epoch": self.epoch, "seen": self.seen}
+        return {"size": self.size, "seed": self.seed, "epoch": self.epoch, "seen": self.seen}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Take up a place; the set must be as large as it was.
+        """Take up a place.
 
         Raises:
-            ValueError: the state is not one, or lies beyond this set.
+            ValueError: the state is not one, or is of a set of another size, in which the same
+                place means other samples.
         """
-        if set(state) != {"seed", "epoch", "seen"}:
-            raise ValueError(f"state must hold seed, epoch and seen, got {sorted(state)}")
+        if set(state) != {"size", "seed", "epoch", "seen"}:
+            raise ValueError(f"state must hold size, seed, epoch and seen, got {sorted(state)}")
+        if state["size"] != self.size:
+            raise ValueError(
+                f"state is of a set of {state['size']} samples, this one has {self.size}: "
+                "go on with the set it began with"
+            )
         if min(state.values()) < 0 or state["seen"] >= self.size:
             raise ValueError(f"state {state} does not fit an epoch of {self.size} samples")
         self.seed, self.epoch, self.seen = state["seed"], state["epoch"], state["seen"]

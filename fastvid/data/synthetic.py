@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .atomic import whole
 from .video import write_mp4
 
 RECORD = "clips.json"  # what a folder was made from, and its files with their SHA-256
@@ -99,8 +100,7 @@ def make_motion_clips(
     if folder.exists() and any(folder.iterdir()) and not _made_here(folder):
         raise ValueError(f"folder {folder} holds other files: give an empty or a new one")
 
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    try:
+    with whole(folder) as part:
         digests = {}
         for i, name in enumerate(names):
             video = draw_motion(
@@ -119,9 +119,6 @@ def make_motion_clips(
         (part / RECORD).write_text(json.dumps({"settings": settings, "files": digests}, indent=1))
         if folder.exists():
             shutil.rmtree(folder)
-        os.replace(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return [folder / name for name in names]
 
 

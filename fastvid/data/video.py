@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .atomic import whole
+
 EXTENSIONS = (
     ".mp4",
     ".m4v",
@@ -239,22 +241,22 @@ def write_mp4(
 def write_gif(path: str | os.PathLike[str], video: Tensor, fps: float) -> Path:
     """Write an endless GIF through Pillow, or nothing at all. Arguments as in `write_mp4`.
 
-    GIF keeps time in hundredths of a second and 256 colours per frame.
+    GIF keeps 256 colours per frame, and time in hundredths of a second. Players slow down frames
+    that are shorter than two of them, so above 50 frames per second the GIF plays at 50.
     """
     from PIL import Image
 
     _expect_video(video, fps)
     pixels = video.detach().cpu().permute(0, 2, 3, 1).numpy()
     first, *rest = [Image.fromarray(np.ascontiguousarray(image)) for image in pixels]
+    duration = max(20, round(1000 / fps))  # milliseconds
     with _whole_file(path) as part:
-        first.save(
-            part, "GIF", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0
-        )
+        first.save(part, "GIF", save_all=True, append_images=rest, duration=duration, loop=0)
     return Path(path)
 
 
 def find_videos(folder: str | os.PathLike[str]) -> list[Path]:
-    """All video files below a folder, by extension, sorted by name.
+    """All video files below a folder, by extension, sorted by name; hidden ones are left out.
 
     Raises:
         FileNotFoundError: no such folder, or no video in it.
@@ -262,12 +264,15 @@ def find_videos(folder: str | os.PathLike[str]) -> list[Path]:
     root = Path(folder)
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {root}")
-    found = [
-        p for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS and not p.name.startswith(".")
-    ]
+    found = [p for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS and shown(p, root)]
     if not found:
         raise FileNotFoundError(f"no video in {root}: looked for {', '.join(EXTENSIONS)}")
     return sorted(found)
+
+
+def shown(path: Path, root: Path) -> bool:
+    """Whether no part of a path below `root` is hidden: what is half written has a hidden name."""
+    return not any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
 def _index_of(path: str | os.PathLike[str], max_pixels: int) -> _Index:
@@ -434,17 +439,12 @@ def _one_error(path: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextmanager
 def _whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary name beside `path`; rename it on success, remove it on failure."""
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    """`atomic.whole`, with the errors of the disk as VideoError; PyAV's own are OSErrors too."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        os.replace(part, path)
-    except OSError as error:  # PyAV's own errors of the disk are OSErrors too
+        with whole(path) as part:
+            yield part
+    except OSError as error:
         raise VideoError(path, f"cannot be written: {error}") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _expect_video(video: Tensor, fps: float) -> None:

@@ -197,12 +197,14 @@ def one_step_x0(
     return _finish(predict_x0(predicted, x, last, schedule, prediction), noise, known, clean)
 
 
-def guided(model: Model, scale: float, unconditional: Condition) -> Model:
+def guided(model: Model, scale: float, unconditional: Condition, *, batched: bool = False) -> Model:
     """Classifier-free guidance as a model: `u + scale * (c - u)`, by two calls.
 
     Args:
         scale: 1 is the conditional model alone, in one call; 0 the unconditional one, in one call.
         unconditional: keywords that differ in the unconditional call, such as `{"text": empty}`.
+        batched: make the two calls as one of twice the batch: faster where a batch leaves the
+            device idle, more memory. Keywords are then tensors (B or 1, ...), or the same for both.
     Returns:
         a callable with the model's signature. A learned variance is the conditional one's.
     """
@@ -213,16 +215,38 @@ def guided(model: Model, scale: float, unconditional: Condition) -> Model:
         without = {"known": known, **condition, **unconditional}
         if scale == 0:
             return model(latents, timestep, **without)
-        output = model(latents, timestep, known=known, **condition)
-        if scale == 1:
-            return output
+        if batched and scale != 1:
+            both = {
+                name: _doubled(name, {"known": known, **condition}.get(name), value, len(latents))
+                for name, value in without.items()
+            }
+            steps = timestep if len(timestep) == 1 else timestep.repeat(2)
+            output, base = model(latents.repeat(2, 1, 1, 1, 1), steps, **both).chunk(2)
+        else:
+            output = model(latents, timestep, known=known, **condition)
+            if scale == 1:
+                return output
+            base = model(latents, timestep, **without)
         channels = latents.shape[1]
         predicted, fraction = split_variance(output, channels)
-        base, _ = split_variance(model(latents, timestep, **without), channels)
+        base, _ = split_variance(base, channels)
         predicted = base.lerp(predicted, scale)
         return predicted if fraction is None else torch.cat([predicted, fraction], dim=1)
 
     return model_guided
+
+
+def _doubled(name: str, given: Any, without: Any, batch: int) -> Any:
+    """A keyword of the conditional and the unconditional half of a batch."""
+    if isinstance(given, Tensor) and isinstance(without, Tensor):
+        halves = (half.expand(batch, *half.shape[1:]) for half in (given, without))
+        return torch.cat(list(halves))
+    if given is without or (not isinstance(given, Tensor) and given == without):
+        return given
+    raise TypeError(
+        f"{name} must be tensors with and without condition to be batched, got "
+        f"{type(given).__name__} and {type(without).__name__}"
+    )
 
 
 def draw_noise(

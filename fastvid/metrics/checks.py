@@ -17,6 +17,8 @@ def expect_unit_video(name: str, video: Tensor) -> None:
     if video.ndim != 5 or video.shape[1] != 3 or 0 in video.shape:
         raise ValueError(f"{name} must be (B, 3, T, H, W), got {tuple(video.shape)}")
     low, high = torch.aminmax(video.detach())
+    if low.isnan():
+        raise ValueError(f"{name} must lie in [0, 1], got NaN in it: what made it is broken")
     if not (low >= 0 and high <= 1):
         raise ValueError(
             f"{name} must lie in [0, 1], got values in [{low.item():.4g}, {high.item():.4g}]; "

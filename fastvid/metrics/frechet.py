@@ -91,7 +91,7 @@ class FVD:
         if variant not in PREPARE:
             raise ValueError(f"variant must be one of {', '.join(PREPARE)}, got {variant!r}")
         self.variant: Variant = variant
-        self.definition = f"FVD ({variant}) of whole clips, given frames included"
+        self.definition = f"FVD ({variant})"
         self.detector = detector if callable(detector) else _load(Path(detector), variant, device)
         self.device = None if callable(detector) else torch.device(device)
         self.real: list[Tensor] = []

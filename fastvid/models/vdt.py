@@ -209,7 +209,7 @@ class VDT(HubModel):
         x = linear(modulated(x, *last.unbind(1)), self.final.weight, self.final.bias)
         height = latents.shape[3] // p
         x = rearrange(x, "b t (h w) (p q c) -> b c t (h p) (w q)", h=height, p=p, q=p)
-        return x[:, :, given:].to(latents.dtype)
+        return (x[:, :, given:] if given else x).to(latents.dtype)
 
     def _positions(self, latents: Tensor) -> Tensor:
         T, H, W = (latents.shape[2], *(side // self.config.patch for side in latents.shape[3:]))

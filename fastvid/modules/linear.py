@@ -117,7 +117,8 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-_onednn = torch.ops.mkldnn._linear_pointwise
+def _onednn(*arguments: Any) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(*arguments)  # absent from builds without oneDNN
 
 
 def _onednn_serves(tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:

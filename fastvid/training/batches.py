@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from fastvid.training.codec import Codec
 from fastvid.training.config import DataConfig, TrainConfig
 from fastvid.training.distributed import World
 from fastvid.training.draws import generator
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -91,20 +95,10 @@ def to_latents(
 
 def _clips(data: DataConfig, seed: int, fixed: bool) -> tuple[Dataset, Dataset | None]:
     from fastvid.data.clips import ClipDataset
-    from fastvid.data.split import split_files
     from fastvid.data.video import find_videos
 
-    train: Sequence[Any] = find_videos(data.train)
-    held: Sequence[Any] = find_videos(data.validation) if data.validation else []
-    if not data.validation and data.validation_share:
-        train, held = split_files(train, data.validation_share, seed=0, root=data.train)
-    same: dict[str, Any] = {
-        "frames": data.frames,
-        "size": data.size,
-        "stride": data.stride,
-        "fit": data.fit,
-        "cache": data.cache,
-    }
+    train, held = _split(data, find_videos, lambda path: path)
+    same = {**_cut(data), "cache": data.cache}
     return (
         ClipDataset(train, windows="grid", **same)
         if fixed
@@ -116,23 +110,45 @@ def _clips(data: DataConfig, seed: int, fixed: bool) -> tuple[Dataset, Dataset |
 def _frames(data: DataConfig, seed: int, fixed: bool) -> tuple[Dataset, Dataset | None]:
     from fastvid.data.frames import FrameFolderDataset, cityscapes_sequences, frame_folders
 
-    find = cityscapes_sequences if data.kind == "cityscapes" else frame_folders
-    train = find(data.train)
-    held = find(data.validation) if data.validation else []
-    if not data.validation and data.validation_share:
-        count = max(1, round(len(train) * data.validation_share))
-        train, held = train[:-count], train[-count:]
-    same: dict[str, Any] = {
-        "frames": data.frames,
-        "size": data.size,
-        "stride": data.stride,
-        "fit": data.fit,
-    }
+    find: Callable[[str], list[Any]]
+    if data.kind == "cityscapes":  # a drive, of which several clips may be: city_sequence
+        find, name = cityscapes_sequences, lambda s: s[0].with_name(s[0].name.rsplit("_", 2)[0])
+    else:  # a name in the folder, for the folder may be data.train itself
+        find, name = frame_folders, lambda s: s[0].with_name("frames")
+    train, held = _split(data, find, name)
+    same = _cut(data)
     return (
-        FrameFolderDataset(train, windows="first", **same)
+        FrameFolderDataset(train, windows="grid", **same)
         if fixed
         else FrameFolderDataset(train, seed=seed, hflip=data.hflip, **same),
-        FrameFolderDataset(held, windows="first", **same) if held else None,
+        FrameFolderDataset(held, windows="grid", **same) if held else None,
+    )
+
+
+def _cut(data: DataConfig) -> dict[str, Any]:
+    """How any kind of dataset cuts its clips."""
+    return {"frames": data.frames, "size": data.size, "stride": data.stride, "fit": data.fit}
+
+
+def _split(
+    data: DataConfig, find: Callable[[str], list[Any]], name: Callable[[Any], Path]
+) -> tuple[list[Any], list[Any]]:
+    """Sources to train on and to hold out; those of one name, a path, stay together."""
+    from fastvid.data.split import split_files
+
+    train = find(data.train)
+    if data.validation:
+        return train, find(data.validation)
+    names = [name(source) for source in train]
+    _, taken = split_files(
+        list(dict.fromkeys(names)), data.validation_share, data.split_seed, root=data.train
+    )
+    if data.validation_share and not taken:
+        log.warning("data.validation_share holds nothing out: %s is all there is", names[0])
+    held = set(taken)
+    return (
+        [source for source, at in zip(train, names, strict=True) if at not in held],
+        [source for source, at in zip(train, names, strict=True) if at in held],
     )
 
 

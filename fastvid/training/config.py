@@ -26,7 +26,9 @@ class DataConfig:
     validation: str = ""
     """Folder to validate on; empty takes a share of the training files away."""
     validation_share: float = 0.1
-    """That share, by file: clips of one file never stand on both sides."""
+    """That share, by file or folder of frames: its clips never stand on both sides."""
+    split_seed: int = 0
+    """Which files that share takes; run.seed has no say in it."""
     frames: int = 16
     """Frames per clip."""
     size: tuple[int, int] = (128, 128)
@@ -101,7 +103,8 @@ class DiffusionConfig:
     tasks: dict[str, float] = field(
         default_factory=lambda: {"predict": 1.0, "interpolate": 1.0, "unconditional": 1.0}
     )
-    """Training mix: task name to weight. Each clip draws its own task."""
+    """Training mix: task name to weight. Each clip draws its own task. "predict" alone, with
+    average "unknown", is the same as training on given frames put before the noisy ones."""
     given: dict[str, int] = field(default_factory=dict)
     """Number of given frames by task name, where it is not the task's own."""
 

@@ -71,7 +71,7 @@ def _encode(
                     writer.add(clip, path=path, start=int(start))
     written = set()
     with LatentWriter(folder, codec.identity) as writer:
-        for part in sorted(parts.iterdir()):
+        for part in sorted(parts.glob("[!.]*")):  # hidden: what a killed process left
             for item in LatentDataset(part, codec=codec.identity):  # type: ignore[attr-defined]
                 # A file that broke while it was read had its turn given to another clip.
                 if (clip := (item["path"], item["start"])) not in written:

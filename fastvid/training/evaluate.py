@@ -8,7 +8,7 @@ import inspect
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,8 +21,10 @@ from fastvid.diffusion.schedule import Schedule, respace
 from fastvid.diffusion.tasks import task_known
 from fastvid.metrics import FVD, copy_nearest, linear_blend, psnr, ssim
 from fastvid.metrics.baselines import expand_known
+from fastvid.metrics.frechet import MIN_FRAMES
 from fastvid.training.codec import Codec
 from fastvid.training.draws import generator
+from fastvid.training.sample import fill_windows, plan_windows
 
 Metric = Callable[[Tensor, Tensor], Tensor]  # (B, 3, T, H, W) pair in [0, 1] -> (B, T)
 
@@ -59,6 +61,7 @@ def evaluate(
     task: str,
     prediction: Prediction,
     given: int | None = None,
+    window: int | None = None,
     steps: int | str | None = None,
     samples: int = 8,
     seed: int = 0,
@@ -72,10 +75,10 @@ def evaluate(
     """Sample every clip by DDIM from its given frames and compare with the truth.
 
     Rows of the result: `sample` (one sample), `one_step_mean` (x0 from one call at pure noise;
-    left out for a noise prediction, which does not determine it), `sample_mean` (mean of
-    `samples` of them, if more than 1), and the rivals `copy_nearest` and `linear_blend`.
-    Frames that are given as a whole do not count; given pixels are the truth in every row.
-    The noise of a clip depends on its place and `seed` alone, not on `batch`.
+    left out for a noise prediction, which does not determine it, and for several windows),
+    `sample_mean` (mean of `samples` of them, if more than 1), and the rivals `copy_nearest` and
+    `linear_blend`. Frames that are given as a whole do not count; given pixels are the truth in
+    every row. The noise of a clip depends on its place and `seed` alone, not on `batch`.
 
     Args:
         model: in eval mode, on `device`; called as the samplers do.
@@ -85,78 +88,84 @@ def evaluate(
             mappings with such a "video".
         task, given: as in `task_known`. "unconditional" needs `fvd` and has the `sample` row alone.
         prediction: "eps", "v" or "x0".
+        window: frames that the model makes at once; a longer clip is made as `sample_task` does.
+            None: T.
         steps: as in `respace`; None takes 50, or the whole of a shorter chain.
         clip: bound of |x0| while sampling, in latents.
         samples: per clip; 1 leaves `sample_mean` out.
         metrics: name -> function of (video, target) in [0, 1] that returns (B, T); None takes
             PSNR and SSIM.
-        fvd: whole clips are scored with it, given frames included.
+        fvd: scores the generated frames alone where all clips have the same number of them and it
+            is enough, else whole clips with the given frames; "fvd_frames" says which.
         batch: clips at a time.
         progress: called with (model calls done, all) while sampling.
     Returns:
         `{"rows": {row: {metric: mean, "fvd": value}}, "clips": N, "frames": scored ones,
         "task", "given", "sampler", "steps", "samples", "seed", "definitions"}`, ready for JSON.
     Raises:
-        ValueError, TypeError: an argument is not as above.
+        ValueError, TypeError: an argument is not as above, or a metric refuses the clips' shape;
+            no model was called.
     """
     _check(model, clips, task, samples, batch, fvd)
     paired = task != "unconditional"
     samples = samples if paired else 1
     metrics = ({"psnr": psnr, "ssim": ssim} if metrics is None else metrics) if paired else {}
     chain = respace(schedule, min(MAX_STEPS, len(schedule)) if steps is None else steps)
-    starts = range(0, len(clips), batch)
-    tick = _ticker(progress, len(starts) * samples * len(chain))
 
+    first = _video(clips[0])[None].to(device)
+    cells = (first.shape[2], *(side // codec.factor for side in first.shape[3:]))
+    given_cells = [_draw_known(task, cells, given, seed, place) for place in range(len(clips))]
+    every = torch.cat(given_cells)  # (N, T) or (N, T, h, w)
+    counts = ~(every if every.ndim == 2 else every.all(dim=(2, 3)))  # (N, T), frames that count
+    judged = _judged_by_fvd(counts)
+    starts = plan_windows(every, window or cells[0], from_end=task == "backward")
+    window = min(window or cells[0], cells[0])
+    _try(metrics, fvd, to_unit(first), judged[:1])
+
+    groups = range(0, len(clips), batch)
+    tick = _ticker(progress, len(groups) * samples * len(chain) * len(starts))
     scores: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
     features: dict[str, list[Tensor]] = defaultdict(list)
-    scored: list[Tensor] = []
-    for start in starts:
-        places = range(start, min(start + batch, len(clips)))
+    for group in groups:
+        places = range(group, min(group + batch, len(clips)))
         video = torch.stack([_video(clips[place]) for place in places]).to(device)
         target = to_unit(video)
         if fvd is not None:
-            features["target"].append(fvd.features(target))
+            features["target"].append(fvd.features(_frames(target, judged[places])))
 
         latents = codec.encode(video, generators=[generator(seed, "codec", i) for i in places])
-        known = torch.cat([_draw_known(task, latents, given, seed, i) for i in places]).to(device)
-        scored.append(~(known if known.ndim == 2 else known.all(dim=(2, 3))).cpu())
+        known = every[places].to(device)
 
-        cells: dict[str, Any] = {"known": known, "clean": latents, "prediction": prediction}
+        settings: dict[str, Any] = {"prediction": prediction, "clip": clip, "progress": tick}
         noises = (_noise(latents, seed, places, sample) for sample in range(samples))
         draws = (
-            to_unit(codec.decode(sample_ddim(model, x, chain, **cells, clip=clip, progress=tick)))
+            to_unit(codec.decode(_fill(model, x, chain, latents, known, starts, window, settings)))
             for x in noises
         )
         rows = {"sample": next(draws)}
         if paired:
-            if prediction != "eps":
+            if prediction != "eps" and len(starts) == 1:
                 x = _noise(latents, seed, places, 0)
-                rows["one_step_mean"] = to_unit(
-                    codec.decode(one_step_x0(model, x, schedule, **cells))
+                mean = one_step_x0(
+                    model, x, schedule, known=known, clean=latents, prediction=prediction
                 )
+                rows["one_step_mean"] = to_unit(codec.decode(mean))
             if samples > 1:
                 rows["sample_mean"] = sum(draws, rows["sample"]) / samples
             rows["copy_nearest"] = copy_nearest(target, known)
             rows["linear_blend"] = linear_blend(target, known)
-        for row, made in rows.items():
-            made = torch.where(expand_known(known, video), target, made)
+        for row, output in rows.items():
+            output = torch.where(expand_known(known, video), target, output)
             for name, metric in metrics.items():
-                scores[row][name].append(metric(made, target).double().cpu())
+                scores[row][name].append(metric(output, target).double().cpu())
             if fvd is not None:
-                features[row].append(fvd.features(made))
+                features[row].append(fvd.features(_frames(output, judged[places])))
 
-    counts = torch.cat(scored)
     table: dict[str, dict[str, float]] = {row: {} for row in rows}
     for row, by_name in scores.items():
         for name, parts in by_name.items():
             table[row][name] = torch.cat(parts)[counts].mean().item()
-    definitions = {name: _definition(metric) for name, metric in metrics.items()}
-    if fvd is not None:
-        for row in table:
-            value = fvd.score(torch.cat(features["target"]), torch.cat(features[row]))["fvd"]
-            table[row]["fvd"] = float(value)
-        definitions["fvd"] = f"{fvd.definition}, N={len(clips)}"
-    return {
+    result: dict[str, Any] = {
         "rows": table,
         "clips": len(clips),
         "frames": int(counts.sum()),
@@ -164,10 +173,21 @@ def evaluate(
         "given": given,
         "sampler": "ddim",
         "steps": len(chain),
+        "windows": len(starts),
         "samples": samples,
         "seed": seed,
-        "definitions": definitions,
+        "definitions": {name: _definition(metric) for name, metric in metrics.items()},
     }
+    if fvd is not None:
+        for row in table:
+            value = fvd.score(torch.cat(features["target"]), torch.cat(features[row]))["fvd"]
+            table[row]["fvd"] = float(value)
+        result["fvd_frames"] = "all" if judged.all() and not counts.all() else "generated"
+        which = {"all": "whole clips, given frames included", "generated": "generated frames alone"}
+        result["definitions"]["fvd"] = (
+            f"{fvd.definition} of {which[result['fvd_frames']]}, N={len(clips)}"
+        )
+    return result
 
 
 def format_table(result: Mapping[str, Any]) -> str:
@@ -182,14 +202,25 @@ def format_table(result: Mapping[str, Any]) -> str:
         f"{result['task']}: {result['clips']} clips, {result['frames']} frames scored, "
         f"{result['sampler']} {result['steps']} steps, {result['samples']} samples per clip"
     )
+    if "fvd" in result["definitions"]:
+        lines.append(result["definitions"]["fvd"])
     return "\n".join(lines)
 
 
 def write_json(result: Mapping[str, Any], path: str | Path) -> None:
-    """Write `result` whole or not at all: a temporary file in the same folder, then a rename."""
+    """Write `result` whole or not at all: a temporary file in the same folder, then a rename.
+
+    Raises:
+        ValueError: it holds NaN or infinity, which JSON has no words for.
+    """
     path = Path(path)
+    try:
+        text = json.dumps(result, indent=2, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise ValueError(
+            f"result must be finite to be written as JSON to {path}: {error}"
+        ) from error
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(result, indent=2) + "\n"
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with partial.open("w", encoding="utf-8") as file:
@@ -211,15 +242,60 @@ def _check(
             raise ValueError(f"{name} must be at least 1, got {value}")
     if task == "unconditional" and fvd is None:
         raise ValueError("task 'unconditional' has no true continuation: only fvd can score it")
+    if fvd is not None and len(clips) < 2:
+        raise ValueError(f"clips must be at least 2 for fvd, got {len(clips)}")
 
 
-def _draw_known(task: str, latents: Tensor, given: int | None, seed: int, place: int) -> Tensor:
+def _try(metrics: Mapping[str, Metric], fvd: FVD | None, target: Tensor, judged: Tensor) -> None:
+    """Score the truth against itself: what a metric cannot take shows before anything is made."""
+    for metric in metrics.values():
+        metric(target, target)
+    if fvd is not None:
+        fvd.features(_frames(target, judged))
+
+
+def _judged_by_fvd(counts: Tensor) -> Tensor:
+    """The frames that count (N, T), if they are equally many in all clips and enough, else all."""
+    each = counts.sum(1)
+    return counts if each.min() == each.max() >= MIN_FRAMES else torch.ones_like(counts)
+
+
+def _frames(video: Tensor, chosen: Tensor) -> Tensor:
+    """The `chosen` (B, T) frames of (B, C, T, H, W), equally many of every clip."""
+    return torch.stack([clip[:, frames] for clip, frames in zip(video, chosen, strict=True)])
+
+
+def _fill(
+    model: Model,
+    noise: Tensor,
+    chain: Schedule,
+    latents: Tensor,
+    known: Tensor,
+    starts: Sequence[int],
+    window: int,
+    settings: Mapping[str, Any],
+) -> Tensor:
+    """One sample of the whole clip, window by window; each takes its frames of `noise`."""
+
+    def make(clean: Tensor, done: Tensor, start: int) -> Tensor:
+        x = noise[:, :, start : start + window]
+        return sample_ddim(model, x, chain, known=done, clean=clean, **settings)
+
+    return fill_windows(make, latents, known, starts, window)
+
+
+def _draw_known(
+    task: str, cells: tuple[int, ...], given: int | None, seed: int, place: int
+) -> Tensor:
     """(1, T) or (1, T, H, W) with something given, where the task gives anything at all."""
     drawn = generator(seed, "known", place)
-    while True:
-        known = task_known(task, *latents.shape[2:], given=given, generator=drawn)
+    for _ in range(1000):  # a draw of one frame in five gives none in 64 % of two-frame clips
+        known = task_known(task, *cells, given=given, generator=drawn)
         if known.any() or task == "unconditional":
             return known
+    raise ValueError(
+        f"clips must have room for a given and a generated frame, got {cells[0]} frames for {task}"
+    )
 
 
 def _noise(latents: Tensor, seed: int, places: Iterable[int], sample: int) -> Tensor:

@@ -62,7 +62,7 @@ def vdt_demo() -> TrainConfig:
         optim=OptimConfig(batch=8, lr=2e-3, warmup=100, betas=(0.9, 0.99), ema=0.998),
         run=RunConfig(
             folder="runs/vdt-demo",
-            steps=4000,
+            steps=3000,
             log_every=20,
             validate_every=500,
             validation_clips=48,

@@ -84,37 +84,31 @@ def sample_task(
         )
 
     window = min(T, model.config.frames)
-    from_end = task == _BACKWARD
-    if overlap is None:
-        overlap = max(1, min(_run(known.flip(1) if from_end else known), window - 1))
-    starts = window_starts(T, window, overlap, from_end=from_end)
+    starts = plan_windows(known, window, overlap=overlap, from_end=task == _BACKWARD)
     chain = respace(schedule, steps)
-    done = known.to(like.device, copy=True)
-    for number, start in enumerate(starts):
-        part = slice(start, start + window)
-        if done[:, part].all():
-            continue
-        noise = [
-            torch.randn(C, window, H, W, generator=generator(s, "noise", start)) for s in seeds
-        ]
 
-        def report(step: int, total: int, number: int = number) -> None:
+    def make(clean: Tensor, done: Tensor, start: int) -> Tensor:
+        def report(step: int, total: int) -> None:
             if progress:
-                progress(number * total + step, len(starts) * total)
+                progress(starts.index(start) * total + step, len(starts) * total)
 
-        latents[:, :, part] = sample_ddim(
+        noise = [
+            torch.randn(clean.shape[1:], generator=generator(s, "noise", start)) for s in seeds
+        ]
+        return sample_ddim(
             model,
             torch.stack(noise).to(like.device),
             chain,
-            known=done[:, part],
-            clean=latents[:, :, part],
+            known=done,
+            clean=clean,
             prediction=prediction,
             eta=eta,
             clip=clip,
             generator=[generator(s, "steps", start) for s in seeds],
             progress=report,
         )
-        done[:, part] = True
+
+    latents = fill_windows(make, latents, known.to(like.device), starts, window)
     return Sample(codec.decode(latents).clamp(-1, 1).cpu(), known)
 
 
@@ -140,6 +134,42 @@ def last_given(known: Tensor) -> int:
     """How many frames a clip must have to hold everything given: known (B, T) or (B, T, h, w)."""
     frames = known.flatten(2).any(2) if known.ndim > 2 else known
     return int(frames.any(0).nonzero().max()) + 1 if frames.any() else 0
+
+
+def plan_windows(
+    known: Tensor, window: int, *, overlap: int | None = None, from_end: bool = False
+) -> list[int]:
+    """`window_starts` of a clip of which `known` is given: bool (B, T) or (B, T, h, w).
+
+    Args:
+        overlap: shared frames; by default those given at the open end, at least 1.
+    """
+    if overlap is None:
+        overlap = max(1, min(_run(known.flip(1) if from_end else known), window - 1))
+    return window_starts(known.shape[1], window, overlap, from_end=from_end)
+
+
+def fill_windows(
+    make: Callable[[Tensor, Tensor, int], Tensor],
+    latents: Tensor,
+    known: Tensor,
+    starts: Sequence[int],
+    window: int,
+) -> Tensor:
+    """Make a clip window by window, each seeing what the earlier ones made.
+
+    Args:
+        make: from a window's latents, known cells and first frame to the window made whole.
+        latents: (B, C, T, H, W), looked at where `known` (B, T) or (B, T, H, W) is True.
+        starts: first frames of the windows in turn, `window` frames each.
+    """
+    latents, done = latents.clone(), known.clone()
+    for start in starts:
+        part = slice(start, start + window)
+        if not done[:, part].all():
+            latents[:, :, part] = make(latents[:, :, part], done[:, part], start)
+        done[:, part] = True
+    return latents
 
 
 def window_starts(frames: int, window: int, overlap: int, *, from_end: bool = False) -> list[int]:

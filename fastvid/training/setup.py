@@ -67,9 +67,18 @@ def prepared(config: TrainConfig, world: World, resume: bool) -> Iterator[tuple[
         try:
             if step:
                 log.say(f"continuing {folder} at step {step}")
+            _say_skipped(log, train, held_out)
             yield Run(config, folder, codec, schedule, train, held_out, log), state
         finally:
+            _say_skipped(log, train, held_out)  # once more: damage is also met on the way
             log.close()
+
+
+def _say_skipped(log: Log, train: Dataset, held_out: Dataset | None) -> None:
+    """Count the sources of clips, and name those left out; latents have none."""
+    for name, dataset in {"training": train, "held out": held_out}.items():
+        if report := getattr(dataset, "report", None):
+            log.say(f"{name}: {report}")
 
 
 def _check_world(config: TrainConfig, world: World) -> None:

@@ -17,6 +17,7 @@ from fastvid.training.codec import Codec
 from fastvid.training.config import TrainConfig
 from fastvid.training.distributed import World, total
 from fastvid.training.draws import Draws, draw_validation
+from fastvid.training.evaluate import to_unit
 
 
 @torch.no_grad()
@@ -59,7 +60,7 @@ def validate(
                 clean=clean,
                 prediction=diffusion.prediction,
             )
-        scores = psnr(_levels(codec, mean), _levels(codec, clean))  # (B, T)
+        scores = psnr(to_unit(codec.decode(mean)), to_unit(codec.decode(clean)))  # (B, T)
         generated = ~draws.known.flatten(2).all(2)
         for i, number in enumerate(mine):
             if number < count:
@@ -97,8 +98,3 @@ def fixed_clips(
         given=config.diffusion.given,
     )
     return clean, draws.to(world.device)
-
-
-def _levels(codec: Codec, latents: Tensor) -> Tensor:
-    """Decoded to [0, 1], as metrics take it."""
-    return codec.decode(latents).float().clamp(-1, 1).add(1).div(2)

@@ -86,7 +86,109 @@ def test_image_to_video_starts_from_the_first_frame(run, clips, tmp_path):
     out = tmp_path / "metrics.json"
     evaluate(run, "--task", "image-to-video", "--data", clips, "--samples", 1, "--out", out)
     result = json.loads(out.read_text())
-    assert (result["task"], result["given"]) == ("predict", 1)
+    assert (result["task"], result["given"]) == ("image-to-video", 1)
+    assert result["frames"] == 5 * 7
+
+
+def test_a_long_prediction_goes_on_by_windows(run, tmp_path, capsys):
+    long = tmp_path / "long"
+    make_motion_clips(long, clips=2, frames=28, size=32, seed=1)
+    out = tmp_path / "metrics.json"
+    options = ("--task", "predict", "--given", 2, "--frames", 28, "--samples", 1, "--out", out)
+    assert evaluate(run, "--data", long, *options) == 0
+    result = json.loads(out.read_text())
+    assert (result["given"], result["frames"], result["windows"]) == (2, 2 * 26, 5)
+    assert list(result["rows"]) == ["sample", "copy_nearest", "linear_blend"]
+
+
+@pytest.fixture
+def heard(monkeypatch):
+    """What the verb hands to `evaluate`, without the sampling."""
+    from fastvid.training import evaluate as module
+
+    calls = []
+
+    def listen(model, codec, schedule, clips, **settings):
+        calls.append((clips, settings))
+        rows = {"rows": {"sample": {"psnr": 1.0}}, "definitions": {}}
+        facts = dict.fromkeys(("clips", "frames", "sampler", "steps", "samples"), 0)
+        return rows | facts | {"task": settings["task"]}
+
+    monkeypatch.setattr(module, "evaluate", listen)
+    return calls
+
+
+def test_clips_are_spread_evenly_and_latents_bounded(run, clips, tmp_path, heard):
+    options = ("--task", "predict", "--data", clips, "--clips", 2, "--out", tmp_path / "m.json")
+    assert evaluate(run, *options) == 0
+    ((subset, settings),) = heard
+    assert list(subset.indices) == [0, 2]  # of five
+    assert (settings["clip"], settings["window"], settings["steps"]) == (1.0, 8, 2)
+
+
+@pytest.fixture
+def of_kind(run, tmp_path):
+    """The same run, trained on another kind of data, or otherwise kept."""
+    from dataclasses import replace
+
+    from fastvid.training.runs import load_run
+
+    def make(kind, **changes):
+        model, config, _ = load_run(run)
+        config = replace(config, data=replace(config.data, kind=kind, **changes))
+        export(tmp_path / "other" / "model" / "last", config, model.state_dict())
+        return tmp_path / "other"
+
+    return make
+
+
+def test_only_what_is_scored_is_decoded(of_kind, tmp_path, heard, monkeypatch):
+    """A run that kept its clips in memory does not decode them all again."""
+    from fastvid.data import clips as module
+
+    decoded, read = [], module.read_clip
+    monkeypatch.setattr(
+        module, "read_clip", lambda path, *a, **k: decoded.append(path) or read(path, *a, **k)
+    )
+    other = of_kind("clips", cache=True)
+    assert evaluate(other, "--task", "predict", "--out", tmp_path / "m.json") == 0
+    assert not decoded
+    assert [clip["start"] for clip in heard[0][0]] == [0, 0]
+    assert len(decoded) == 2
+
+
+def pictures(folder, name, count):
+    from PIL import Image
+
+    folder.mkdir(parents=True)
+    for number in range(count):
+        Image.new("RGB", (32, 32), (9 * number, 0, 0)).save(folder / name.format(number))
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "name"),
+    [
+        ("frames", "drive", "{:03}.png"),
+        ("cityscapes", "ulm", "ulm_000001_{:06}_leftImg8bit.png"),
+    ],
+)
+def test_pictures_are_opened_as_the_run_opened_its_own(of_kind, tmp_path, heard, kind, place, name):
+    pytest.importorskip("PIL")
+    other, count = of_kind(kind), 30 if kind == "cityscapes" else 9
+    pictures(tmp_path / "pictures" / place, name, count)
+    options = ("--task", "predict", "--data", tmp_path / "pictures", "--out", tmp_path / "m.json")
+    assert evaluate(other, *options) == 0
+    video = heard[0][0][0]["video"]
+    assert video.shape == (3, 8, 32, 32)
+    assert video[0, :, 0, 0].mul(127.5).add(127.5).round().tolist() == [9 * t for t in range(8)]
+
+
+def test_a_run_on_latents_is_scored_on_clips(of_kind, clips, tmp_path, capsys, heard):
+    other, out = of_kind("latents"), tmp_path / "m.json"
+    assert evaluate(other, "--task", "predict", "--out", out) == 1
+    assert "--data must name a folder of clips" in capsys.readouterr().err
+    assert evaluate(other, "--task", "predict", "--data", clips, "--out", out) == 0
+    assert heard[0][0][0]["video"].shape == (3, 8, 32, 32)
 
 
 def test_lpips_is_a_column(run, clips, tmp_path, capsys):
@@ -141,6 +243,9 @@ class TestBadInput:
 
     def test_no_clips(self, refuses, clips):
         refuses("--clips must be", "--task", "predict", "--data", clips, "--clips", 0)
+
+    def test_no_frames(self, refuses, clips):
+        refuses("--frames must be", "--task", "predict", "--data", clips, "--frames", 0)
 
     def test_missing_lpips_file(self, refuses, clips, tmp_path):
         options = ("--task", "predict", "--data", clips, "--lpips", tmp_path / "alexnet.pth")

@@ -92,6 +92,14 @@ def test_the_cache_changes_nothing_but_the_time(folder, monkeypatch):
         assert torch.equal(a["video"], b["video"])
 
 
+@pytest.mark.parametrize("cache", [False, True])
+def test_clips_are_fitted_as_asked(make_video, cache):
+    path = make_video(frames=4)
+    data = ClipDataset([path], frames=4, size=(32, 32), fit="letterbox", cache=cache)
+    assert data[0]["video"][:, :, :8].max() < -0.9  # black above a picture twice as wide as high
+    assert data[0]["video"][:, :, 8:24].max() > 0.9
+
+
 def test_a_cache_too_large_is_refused(folder, monkeypatch):
     from fastvid.data import clips
 
@@ -140,6 +148,34 @@ def test_damage_met_while_reading_goes_to_another_file(folder, workers):
     assert data.report.bad == {str(folder / "spoilt.mp4"): "broke while it was read"}
     again = ClipDataset(folder, frames=8, size=(32, 64), repeat=4)
     assert [(again[i]["path"], again[i]["start"]) for i in reversed(range(20))] == items[::-1]
+
+
+@pytest.mark.parametrize("windows", ["random", "grid"])
+def test_every_other_file_is_tried_before_an_item_fails(make_video, tmp_path, windows):
+    """Half of the files break while they are decoded, and every item still comes."""
+    for i in range(2):
+        make_video(f"set/{i}.mp4", frames=20)
+        spoil(tmp_path / "set" / f"spoilt{i}.mp4")
+    make = {"frames": 4, "size": (32, 64), "windows": windows, "max_bad": 0.5}
+    data = ClipDataset(tmp_path / "set", **make)
+    paths = {data[(epoch, i)]["path"] for epoch in range(25) for i in range(len(data))}
+    assert {str(tmp_path / "set" / f"{i}.mp4") for i in range(2)} <= paths
+    assert len(data.report.bad) == 2
+
+
+def test_damage_met_while_reading_counts_towards_too_many(folder):
+    for i in range(2):
+        spoil(folder / f"spoilt{i}.mp4")
+    data = ClipDataset(folder, frames=8, size=(32, 64))
+    with pytest.raises(RuntimeError, match=r"too many files(.|\n)*spoilt0(.|\n)*spoilt1"):
+        [data[(epoch, i)] for epoch in range(20) for i in range(6)]
+
+
+def test_no_file_that_can_be_read_is_an_error_with_the_list(make_video, tmp_path):
+    spoil(tmp_path / "spoilt.mp4")
+    data = ClipDataset(tmp_path, frames=20, size=(32, 64))
+    with pytest.raises(RuntimeError, match=r"none of the files gave clip 0(.|\n)*spoilt\.mp4"):
+        data[0]
 
 
 def test_too_many_bad_files_stop_the_run(folder):

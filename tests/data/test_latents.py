@@ -1,4 +1,9 @@
 import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from fastvid.data.latents import INDEX, LatentDataset, LatentWriter
 
+ROOT = Path(__file__).parents[2]
 CODEC = {"name": "pixel", "factor": 4}
 
 
@@ -49,6 +55,55 @@ def test_workers_read_the_same(folder):
     loader = DataLoader(data, batch_size=5, num_workers=2)
     (batch,) = loader
     assert torch.equal(batch["latents"], torch.stack([item["latents"] for item in data]))
+
+
+def test_a_rewritten_folder_gives_its_new_latents(tmp_path):
+    for value in (1.0, 2.0):
+        if value == 2:
+            shutil.rmtree(tmp_path / "set")
+        with LatentWriter(tmp_path / "set", CODEC) as writer:
+            writer.add(torch.full((1, 1, 2, 2), value), path="a", start=0)
+        assert (LatentDataset(tmp_path / "set")[0]["latents"] == value).all()
+
+
+def test_what_a_killed_process_left_is_in_nobodys_way(tmp_path):
+    (tmp_path / f".set.{os.getpid()}.part").mkdir()
+    (tmp_path / f".set.{os.getpid()}.part" / "latents-00000.safetensors").touch()
+    with LatentWriter(tmp_path / "set", CODEC) as writer:
+        writer.add(torch.zeros(1, 1, 2, 2), path="a", start=0)
+    assert len(LatentDataset(tmp_path / "set")) == 1
+
+
+FULL_DISK = """
+import resource, sys
+import torch
+from fastvid.data.latents import LatentWriter
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+try:
+    with LatentWriter(sys.argv[1], {}, per_shard=1) as writer:
+        writer.add(torch.zeros(1, 1, 64, 64), path="a" * 30_000, start=0)
+except OSError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("limit", "name"), [(10_000, "latents-00000.safetensors"), (20_000, INDEX)]
+)
+def test_a_full_disk_names_the_file_and_leaves_nothing(tmp_path, limit, name):
+    """A process may write so many bytes to a file: shards have 16 kB here, the index 30."""
+    command = [sys.executable, "-c", FULL_DISK, tmp_path / "set", str(limit)]
+    said = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    assert f"{tmp_path}/set/{name} cannot be written" in said
+    assert "File too large" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_set_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no clip was added"), LatentWriter(tmp_path / "s", CODEC):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_error_while_writing_leaves_nothing(tmp_path):

@@ -35,7 +35,7 @@ def test_a_resumed_order_goes_on_where_it_was(before, after, batches):
     for _ in range(batches):
         sampler.advance(4)
     state = sampler.state_dict()
-    assert set(state) == {"seed", "epoch", "seen"}
+    assert set(state) == {"size", "seed", "epoch", "seen"}
     ranks = []
     for r in range(after):
         resumed = ResumableSampler(10, rank=r, world=after)
@@ -52,7 +52,7 @@ def test_what_a_loader_fetches_ahead_is_not_counted():
     for _ in range(3):
         next(batches)
         sampler.advance(2)
-    assert sampler.state_dict() == {"seed": 0, "epoch": 0, "seen": 6}
+    assert sampler.state_dict() == {"size": 12, "seed": 0, "epoch": 0, "seen": 6}
     assert take(sampler, 6) == order[6:12]
 
 
@@ -79,8 +79,10 @@ def test_wrong_places_are_refused():
         ResumableSampler(4, rank=2, world=2)
     sampler = ResumableSampler(4)
     with pytest.raises(ValueError, match="does not fit an epoch of 4"):
-        sampler.load_state_dict({"seed": 0, "epoch": 0, "seen": 4})
-    with pytest.raises(ValueError, match="must hold seed, epoch and seen"):
+        sampler.load_state_dict({"size": 4, "seed": 0, "epoch": 0, "seen": 4})
+    with pytest.raises(ValueError, match="must hold size, seed, epoch and seen"):
         sampler.load_state_dict({"seed": 0})
+    with pytest.raises(ValueError, match="set of 5 samples, this one has 4"):
+        sampler.load_state_dict(ResumableSampler(5).state_dict())
     with pytest.raises(ValueError, match="samples must be"):
         sampler.advance(-1)

@@ -1,4 +1,5 @@
 import json
+import os
 
 import numpy as np
 import pytest
@@ -80,6 +81,15 @@ def test_other_files_are_never_touched(tmp_path):
     (tmp_path / "set" / "mine.txt").touch()
     with pytest.raises(ValueError, match="holds other files"):
         make_motion_clips(tmp_path / "set", **SMALL | {"seed": 1})
+
+
+def test_what_a_killed_process_left_does_not_move_in(tmp_path):
+    pytest.importorskip("av")
+    stale = tmp_path / f".set.{os.getpid()}.part"
+    stale.mkdir()
+    (stale / "clip-99999.mp4").touch()
+    make_motion_clips(tmp_path / "set", **SMALL)
+    assert not (tmp_path / "set" / "clip-99999.mp4").exists()
 
 
 def test_a_failure_leaves_nothing(tmp_path, monkeypatch):

@@ -76,17 +76,57 @@ def test_random_access_equals_sequential_decoding(tmp_path, name, codec, options
         assert torch.equal(clip, whole[start : start + frames * stride : stride][:frames])
 
 
+class Counting:
+    """A container that notes the time stamps of the frames it decodes."""
+
+    def __init__(self, container, decoded):
+        self.container, self.decoded = container, decoded
+
+    def __getattr__(self, name):
+        return getattr(self.container, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.container.close()
+
+    def decode(self, stream):
+        for frame in self.container.decode(stream):
+            self.decoded.append(frame.pts)
+            yield frame
+
+
 def test_a_seek_decodes_only_what_it_must(make_video, monkeypatch):
     path = make_video(frames=200, key_every=10)
     probe(path)
-    shown = []
     from fastvid.data import video
 
-    decode = video._decode
-    monkeypatch.setattr(video, "_decode", lambda *a: shown.append(a[2]) or decode(*a))
-    assert numbers(read_clip(path, 150, 5)) == list(range(150, 155))
-    assert len(shown) == 1
-    assert shown[0] is not None
+    decoded, plain = [], video._open
+    monkeypatch.setattr(video, "_open", lambda *args: Counting(plain(*args), decoded))
+    assert numbers(read_clip(path, 153, 5)) == list(range(153, 158))
+    assert len(decoded) <= 20  # from a key frame at most ten frames back
+
+
+def test_frames_decoded_from_damage_are_refused(tmp_path):
+    """The decoder conceals a lost part, tells so by a flag, and gives as many frames as before."""
+    torch.manual_seed(0)
+    noise = torch.randint(256, (20, 3, 64, 64), dtype=torch.uint8)
+    path = encode(tmp_path / "noise.mp4", noise, options={"g": "5"})
+    with av.open(str(path)) as container:
+        packet = [(p.pos, p.size) for p in container.demux(video=0) if p.size][7]
+    data = bytearray(path.read_bytes())
+    start, end = packet[0] + packet[1] // 2, sum(packet)
+    data[start:end] = bytes(end - start)
+    path.write_bytes(data)
+    with av.open(str(path)) as container:
+        damaged = [frame.is_corrupt for frame in container.decode(video=0)]
+    assert len(damaged) == probe(path).frames == 20
+    assert sum(damaged) == 1
+    bad = damaged.index(True)
+    with pytest.raises(VideoError, match=f"frames between {bad} and {bad} are missing or damaged"):
+        read_clip(path, bad, 1)
+    assert len(read_clip(path, 0, 4)) == 4
 
 
 def test_what_a_seek_does_not_give_is_decoded_from_the_start(make_video, monkeypatch):
@@ -219,6 +259,24 @@ def test_gif_keeps_frames_and_time(tmp_path):
 
     with Image.open(write_gif(tmp_path / "a.gif", numbered(7), 10)) as image:
         assert (image.n_frames, image.info["duration"], image.info["loop"]) == (7, 100, 0)
+
+
+def test_gif_holds_no_frame_that_players_slow_down(tmp_path):
+    from PIL import Image
+
+    for fps, milliseconds in [(30, 30), (50, 20), (60, 20), (300, 20)]:
+        with Image.open(write_gif(tmp_path / "a.gif", numbered(3), fps)) as image:
+            assert image.info["duration"] == milliseconds
+
+
+@pytest.mark.parametrize("write", [write_mp4, write_gif])
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch, write):
+    events = []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda f: events.append(os.fstat(f).st_ino) or sync(f))
+    monkeypatch.setattr(os, "replace", lambda *a: events.append("named") or replace(*a))
+    path = write(tmp_path / "a", numbered(3), 10)
+    assert events == [path.stat().st_ino, "named", tmp_path.stat().st_ino]
 
 
 def test_writing_is_deterministic(tmp_path):
@@ -400,6 +458,7 @@ def test_find_videos_names_an_empty_folder(make_video, tmp_path):
     make_video("A.MP4", frames=2)
     (tmp_path / "notes.txt").touch()
     (tmp_path / ".hidden.mp4").touch()
+    make_video(".half/a.mp4", frames=2)
     assert [p.name for p in find_videos(tmp_path)] == ["A.MP4", "b.mp4"]
     (tmp_path / "none").mkdir()
     with pytest.raises(FileNotFoundError, match=r"no video in .*none"):

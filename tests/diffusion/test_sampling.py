@@ -368,6 +368,29 @@ def test_guidance_keeps_the_conditional_variance_and_may_hide_what_is_known(rand
     assert seen == [known, None]
 
 
+@pytest.mark.parametrize("timesteps", [[5], [5, 700]])
+def test_a_batched_guidance_is_the_same_in_one_call(rand, timesteps):
+    calls = []
+
+    def model(latents, timestep, *, known=None, text, size):
+        calls.append(len(latents))
+        told = timestep.reshape(-1, 1, 1, 1, 1) / 1000 + text[:, :, None, None, None]
+        given = known[:, None, :, None, None]
+        return torch.cat([latents * told * size + given, latents], dim=1)
+
+    x, text = rand(*SHAPE), rand(2, 1)
+    empty, timestep = rand(1, 1), torch.tensor(timesteps, device=text.device)
+    keywords = {"known": rand(1, 4) > 0, "text": text, "size": 3}
+    expected = guided(model, 2.5, {"text": empty})(x, timestep, **keywords)
+    assert calls == [2, 2]
+    calls.clear()
+    ours = guided(model, 2.5, {"text": empty}, batched=True)(x, timestep, **keywords)
+    torch.testing.assert_close(ours, expected)
+    assert calls == [4]
+    with pytest.raises(TypeError, match="known must be tensors with and without condition"):
+        guided(model, 2.5, {"known": None}, batched=True)(x, timestep, **keywords)
+
+
 def test_guided_models_sample(rand):
     noise = rand(*SHAPE)
     plain = sample_ddim(doubled, noise, respace(CHAIN, 6))
