@@ -53,12 +53,14 @@ def compile_variant(variant: Variant, architecture: str) -> Any:
         if name not in variant.constants and ":" in variant.types[name]
     }
     constants = {name: value for name, value in variant.constants.items() if name in names}
-    source = ASTSource(variant.kernel, signature, constants, multiples)
-    options = {"num_warps": variant.num_warps}
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
     if architecture.startswith("gfx"):
+        if "PRECISION" in constants:  # what launchers ask for there
+            constants["PRECISION"] = "ieee"
         target = GPUTarget("hip", architecture, 64)
     else:
         target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+    source = ASTSource(variant.kernel, signature, constants, multiples)
     return triton.compile(source, target=target, options=options)
 
 

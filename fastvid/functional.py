@@ -4,7 +4,15 @@ Every op works under autograd, `torch.compile`, `torch.export` and on meta tenso
 whatever device its tensors are on.
 """
 
+from fastvid.kernels._shared.visibility import FrameLayout, Visibility
+from fastvid.kernels.masked_attention.op import masked_attention
 from fastvid.kernels.modulate.op import norm_modulate
 from fastvid.kernels.temporal_attention.op import temporal_attention
 
-__all__ = ["norm_modulate", "temporal_attention"]
+__all__ = [
+    "FrameLayout",
+    "Visibility",
+    "masked_attention",
+    "norm_modulate",
+    "temporal_attention",
+]

@@ -1,15 +1,16 @@
-"""Self-attention over one axis of video tokens (B, T, N, D), without layout copies.
+"""Self-attention over video tokens, without layout copies.
 
-q, k and v come from three products with the thirds of one weight. Each is then a plain
-(B, T, N, heads * E) tensor: over tokens the attention sees it as a batch of B * T, over frames it
-reads the strides. The result comes in the same layout, so that nothing is transposed in memory.
+Over one axis of (B, T, N, D), q, k and v come from three products with the thirds of one weight.
+Each is then a plain (B, T, N, heads * E) tensor: over tokens the attention sees it as a batch of
+B * T, over frames it reads the strides. The result comes in the same layout, so that nothing is
+ever transposed in memory. Over visible frames q, k and v are views of one product.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvid.functional import temporal_attention
+from fastvid.functional import Visibility, masked_attention, temporal_attention
 from fastvid.modules.linear import Cheap, linear, linear_parts
 
 
@@ -72,6 +73,21 @@ class TemporalAttention(nn.Module):
         self.proj.weight.copy_(weight)
         self.proj.bias.copy_(bias)
         self.fc = None
+
+
+class MaskedSelfAttention(nn.Module):
+    """Every frame attends to the frames that it sees. (B, N, D) to the same."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)  # rows ordered q, k, v, then head
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, visibility: Visibility) -> Tensor:
+        B, N, D = x.shape
+        q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).unbind(2)
+        return self.proj(masked_attention(q, k, v, visibility).view(B, N, D))
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, split: tuple[int, int, int, int]) -> Tensor:

@@ -11,3 +11,4 @@ class Variant(NamedTuple):
     types: dict[str, str]  # by argument; "*bf16:16", "i32:16" where Triton sees a multiple of 16
     constants: dict[str, Any]  # the constexpr arguments
     num_warps: int
+    num_stages: int = 3

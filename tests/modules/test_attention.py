@@ -1,10 +1,14 @@
-"""Attention over one axis equals the same attention on moved tokens."""
+"""Attention over one axis equals the same on moved tokens; over frames, that of the frames."""
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from fastvid.modules.attention import SpatialAttention, TemporalAttention
+from fastvid.functional import FrameLayout, Visibility
+from fastvid.modules.attention import MaskedSelfAttention, SpatialAttention, TemporalAttention
 
 
 def plain(module, x):
@@ -45,3 +49,34 @@ def test_no_layout_copies(rand):
     with torch.no_grad(), torch.profiler.profile() as profile:
         module(x)
     assert not {event.key for event in profile.key_averages()} & {"aten::copy_", "aten::clone"}
+
+
+def test_masked(rand):
+    module, x = MaskedSelfAttention(32, 2), rand(2, 21, 32)
+    full = Visibility.full(FrameLayout([7] * 3))
+    torch.testing.assert_close(module(x, full), plain(module, x), atol=1e-6, rtol=1e-5)
+    alone = Visibility.window(FrameLayout([7] * 3), 0, 0)
+    frames = plain(module, x.reshape(6, 7, 32)).view(x.shape)
+    torch.testing.assert_close(module(x, alone), frames, atol=1e-6, rtol=1e-5)
+    assert sorted(module.state_dict()) == ["proj.bias", "proj.weight", "qkv.bias", "qkv.weight"]
+
+
+@pytest.fixture
+def alone_in_the_world():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_masked_under_fsdp(alone_in_the_world):
+    torch.manual_seed(0)
+    module, x = MaskedSelfAttention(32, 2), torch.randn(2, 21, 32)
+    visibility = Visibility.identity(FrameLayout([7] * 3), [True, False, False])
+    wanted = module(x, visibility)
+    (grad,) = torch.autograd.grad(wanted.sum(), module.qkv.weight)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32)
+    fully_shard(module, mesh=alone_in_the_world, mp_policy=policy)
+    out = module(x, visibility)
+    out.sum().backward()
+    assert (out - wanted).abs().max() < 0.02 * wanted.abs().max()
+    assert (module.qkv.weight.grad.full_tensor() - grad).abs().max() < 0.02 * grad.abs().max()

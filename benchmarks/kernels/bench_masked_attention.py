@@ -1,0 +1,239 @@
+"""`masked_attention` against what users have: slices, a dense mask, FlexAttention, no mask at all.
+
+"eager" is SDPA with a dense mask. "dense" rivals hide nothing, so they compute something else and
+never match: they say what the visible share is taken of.
+"""
+
+import importlib.util
+import itertools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.harness import Case, backward_of, forward_of
+from fastvid.functional import FrameLayout, Visibility, masked_attention
+from fastvid.kernels.masked_attention import reference
+
+CHUNK = 1024  # query rows that the float64 oracle takes at a time
+
+
+def identity(lengths: list[int], given: int, device) -> Visibility:
+    """The first `given` frames are known."""
+    known = [frame < given for frame in range(len(lengths))]
+    return Visibility.identity(FrameLayout(lengths, device=device), known)
+
+
+def causal(lengths: list[int], device) -> Visibility:
+    """Frame-causal."""
+    return Visibility.causal(FrameLayout(lengths, device=device))
+
+
+def own_frame(lengths: list[int], device) -> Visibility:
+    """Spatial attention: every frame by itself."""
+    return Visibility.window(FrameLayout(lengths, device=device), 0, 0)
+
+
+def pyramid(lengths: list[int], device) -> Visibility:
+    """Text in front, then the history of a pyramid and the frame that is made."""
+    layout = FrameLayout(lengths, device=device)
+    return Visibility.text_and_frames(layout, torch.full((1,), lengths[0], device=device))
+
+
+HISTORY = [128, *[240] * 28, 960, 3840, 3840]  # Pyramid Flow, last unit at 768 x 1280
+# name: (visibility, B, heads, E)
+GPU = {
+    "MarDini G joint": (lambda d: identity([4096] * 13, 5, d), 1, 16, 64),
+    "MarDini P joint": (lambda d: identity([1024] * 13, 5, d), 1, 32, 128),
+    "Pyramid last unit": (lambda d: pyramid(HISTORY, d), 2, 30, 64),
+    "VDT spatial": (lambda d: own_frame([256] * 16, d), 4, 16, 72),
+    "VDT causal": (lambda d: causal([256] * 16, d), 4, 16, 72),
+    "identity 9 of 17": (lambda d: identity([256] * 17, 9, d), 4, 16, 72),
+}
+CPU = {
+    "identity 9 of 17, 256": (lambda d: identity([256] * 17, 9, d), 1, 4, 64),
+    "causal, 256": (lambda d: causal([256] * 16, d), 1, 4, 64),
+    "identity 9 of 17, 128": (lambda d: identity([128] * 17, 9, d), 1, 8, 64),
+    "causal, 128": (lambda d: causal([128] * 16, d), 1, 8, 64),
+    "identity 9 of 17, 64": (lambda d: identity([64] * 17, 9, d), 1, 8, 64),
+    "causal, 64": (lambda d: causal([64] * 16, d), 1, 8, 64),
+    "MarDini P joint": (lambda d: identity([256] * 13, 5, d), 1, 4, 128),
+    "Pyramid last unit": (lambda d: pyramid([n // 4 for n in HISTORY], d), 1, 4, 64),
+    "VDT spatial": (lambda d: own_frame([256] * 16, d), 1, 16, 72),
+}
+QUICK = {"causal": (lambda d: causal([16] * 4, d), 1, 2, 16)}
+
+
+def cases(device: torch.device, quick: bool) -> list[Case]:
+    """Forward and backward of every case."""
+    found = QUICK if quick else GPU if device.type == "cuda" else CPU
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return [
+        _case(f"{name} {direction}", direction, *case, dtype, device, quick)
+        for name, case in found.items()
+        for direction in ("forward", "backward")
+    ]
+
+
+def _case(name, direction, make_visibility, B, heads, E, dtype, device, quick) -> Case:
+    visibility = make_visibility(device)
+    N = visibility.queries.tokens
+    forward = direction == "forward"
+    bind = forward_of if forward else backward_of
+    rivals = {"fastvid": lambda q, k, v: masked_attention(q, k, v, visibility)}
+    rivals["eager"] = with_dense_mask(visibility, N)
+    rivals["sliced"] = sliced(visibility)
+    rivals |= dense_rivals(device)
+    if not quick and (forward or device.type == "cuda"):  # FlexAttention has no backward on a CPU
+        rivals["flex"] = flex(visibility, N)
+    on_gpu = device.type == "cuda"
+    missing = {
+        package: f"pip install {package}"
+        for package in ("xformers", "flash-attn")
+        if on_gpu and importlib.util.find_spec(package.replace("-", "_")) is None
+    }
+
+    def make_inputs(device):
+        q, k, v = torch.randn(B, N, 3, heads, E, device=device).to(dtype).unbind(2)
+        return (q, k, v) if forward else (q, k, v, torch.randn_like(q))
+
+    pairs = visibility.visible_share() * N * N
+    return Case(
+        room="masked_attention",
+        name=name,
+        shape={"B": B, "N": N, "heads": heads, "E": E},
+        dtype=dtype,
+        make_inputs=make_inputs,
+        rivals={rival: bind(function) for rival, function in rivals.items()},
+        oracle=lambda *inputs: lambda: exact(visibility, *inputs),
+        nbytes=(4 if forward else 8) * B * N * heads * E * dtype.itemsize,
+        flops=round((4 if forward else 10) * B * heads * E * pairs),
+        missing=missing,
+    )
+
+
+def heads_first(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.transpose(1, 2) for tensor in tensors]
+
+
+def with_dense_mask(visibility: Visibility, tokens: int) -> Callable[..., Tensor]:
+    """SDPA with the boolean of every pair, made beforehand."""
+    pairs = visibility.dense(tokens, tokens)[:, None]
+
+    def attend(q, k, v):
+        out = F.scaled_dot_product_attention(*heads_first(q, k, v), attn_mask=pairs)
+        return out.transpose(1, 2)
+
+    return attend
+
+
+def sliced(visibility: Visibility) -> Callable[..., Tensor]:
+    """As a user writes it: frame after frame, on the keys it sees; known frames copy their v."""
+    ends = visibility.queries.offsets[0].tolist()
+    frames = list(itertools.pairwise(ends))
+    table = visibility.table[0].tolist()
+    alone = [False] * len(frames)
+    if visibility.self_only is not None:
+        alone = visibility.self_only[0].tolist()
+
+    def attend(q, k, v):
+        parts = []
+        for (start, end), row, is_alone in zip(frames, table, alone, strict=True):
+            if is_alone:
+                parts.append(v[:, start:end])
+                continue
+            if all(row):
+                keys, values = k, v
+            else:
+                seen = [slice(a, b) for (a, b), visible in zip(frames, row, strict=True) if visible]
+                if len(seen) == seen_span(row):  # neighbours: a view does
+                    seen = [slice(seen[0].start, seen[-1].stop)]
+                keys, values = (
+                    t[:, seen[0]] if len(seen) == 1 else torch.cat([t[:, s] for s in seen], 1)
+                    for t in (k, v)
+                )
+            out = F.scaled_dot_product_attention(*heads_first(q[:, start:end], keys, values))
+            parts.append(out.transpose(1, 2))
+        return torch.cat(parts, 1)
+
+    return attend
+
+
+def seen_span(row: list[bool]) -> int:
+    """Frames from the first visible one to the last."""
+    return len(row) - row.index(True) - row[::-1].index(True)
+
+
+def dense_rivals(device: torch.device) -> dict[str, Callable[..., Tensor]]:
+    """SDPA that hides nothing, by each backend of a GPU."""
+
+    def attend(q, k, v):
+        return F.scaled_dot_product_attention(*heads_first(q, k, v)).transpose(1, 2)
+
+    def by(backend):
+        def attend_by(q, k, v):
+            with sdpa_kernel(backend):
+                return attend(q, k, v)
+
+        return attend_by
+
+    if device.type != "cuda":
+        return {"dense": attend}
+    backends = (
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+    )
+    names = "dense flash", "dense cudnn", "dense effic."
+    return {name: by(backend) for name, backend in zip(names, backends, strict=True)}
+
+
+def flex(visibility: Visibility, tokens: int) -> Callable[..., Tensor]:
+    """FlexAttention, compiled; its block mask is made beforehand."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    device = visibility.queries.device
+    frame = visibility.queries.frame_of_token(tokens)[0]
+    table = visibility._open_table()[0]
+    alone = visibility.self_only
+    alone = torch.zeros_like(table[0]) if alone is None else alone[0]
+
+    def visible(b, h, query, key):
+        return table[frame[query], frame[key]] | (alone[frame[query]] & (query == key))
+
+    block_mask = create_block_mask(visible, None, None, tokens, tokens, device=device.type)
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def attend(q, k, v):
+        return compiled(*heads_first(q, k, v), block_mask=block_mask).transpose(1, 2)
+
+    return attend
+
+
+def exact(visibility: Visibility, *inputs: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """The reference over all heads, some query rows at a time: its memory stays O(tokens)."""
+    (q, k, v), dout = inputs[:3], inputs[3:]
+    _, N, heads, E = q.shape
+    frame = visibility.queries.frame_of_token(N)[0]
+    table = visibility._open_table()[0]
+    at = torch.arange(N, device=q.device)
+    alone = None if visibility.self_only is None else visibility.self_only[0]
+    results = [torch.zeros_like(q) for _ in range(3 if dout else 1)]
+    for start in range(0, N, CHUNK):
+        rows = slice(start, start + CHUNK)
+        pairs = table[frame[rows]][:, frame]
+        if alone is not None:
+            pairs = pairs | (alone[frame[rows]][:, None] & (at[rows, None] == at))
+        for h in range(heads):
+            head = slice(h, h + 1)
+            some = q[:, rows, head], k[:, :, head], v[:, :, head], pairs[None], E**-0.5
+            if not dout:
+                results[0][:, rows, head] = reference.forward(*some)[0]
+                continue
+            dq, dk, dv = reference.backward(dout[0][:, rows, head], *some)
+            results[0][:, rows, head] = dq
+            results[1][:, :, head] += dk
+            results[2][:, :, head] += dv
+    return tuple(results) if dout else results[0]

@@ -1,0 +1,265 @@
+"""The path without a kernel of our own: one SDPA call per rectangle of visible pairs.
+
+The visible pairs are covered, once each, by rectangles of query ranges and key ranges. Frames that
+see the same keys make one rectangle. Small frames whose keys differ share a call on the keys they
+have in common, since SDPA is slow on few query rows, and the rest is joined by log-sum-exp, which
+is exact. Nothing hidden is computed, forward or backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Range = tuple[int, int]
+Ranges = tuple[Range, ...]
+
+# Below so many query rows the CPU's flash kernel takes smaller blocks and loses a third of its
+# rate; sums over fewer rows are merged on the keys that they share.
+FULL_RATE_ROWS = 768
+# At most so many tokens of either side go into one call, so that what a call returns, before it is
+# put where it belongs, stays small beside the tensors themselves.
+MOST_TOKENS = 1024
+
+
+class Rectangle(NamedTuple):
+    queries: Ranges
+    keys: Ranges
+
+
+class Plan(NamedTuple):
+    """How one sample's pairs are covered; all ranges in tokens."""
+
+    rectangles: list[Rectangle]
+    alone: Ranges  # query tokens that see themselves only
+    blind: Ranges  # query tokens that see nothing
+
+
+def plan(rows: list[list[int]], spans: list[list[list[int]]], tokens: int, keys: int) -> Plan:
+    """Cover the pairs of one sample of an interval table (`_shared/intervals.py`)."""
+    alone, blind, sighted = [], [], []
+    for (start, end, count, self_only, _), row_spans in zip(rows, spans, strict=True):
+        here = (start, min(end, tokens))
+        if here[0] >= here[1]:
+            continue
+        seen = tuple((a, min(b, keys)) for a, b in row_spans[:count] if a < keys)
+        if self_only:
+            alone.append(here)
+        elif seen:
+            sighted.append((here, seen))
+        else:
+            blind.append(here)
+    groups: dict[Ranges, list[Range]] = {}
+    for here, seen in sorted(sighted):
+        groups.setdefault(seen, []).append(here)
+    rectangles, small = [], []
+    for seen, ranges in groups.items():
+        queries = _merge(ranges)
+        if _size(queries) >= FULL_RATE_ROWS:
+            rectangles.append(Rectangle(queries, seen))
+        else:
+            small.append(Rectangle(queries, seen))
+    for chunk in _chunks(small):
+        rectangles.extend(_share(chunk))
+    return Plan(rectangles, _merge(alone), _merge(blind))
+
+
+def _chunks(small: list[Rectangle]) -> Iterator[list[Rectangle]]:
+    """Neighbours, together FULL_RATE_ROWS rows or a little more."""
+    chunk: list[Rectangle] = []
+    for rectangle in small:
+        chunk.append(rectangle)
+        if sum(_size(r.queries) for r in chunk) >= FULL_RATE_ROWS:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _share(chunk: list[Rectangle]) -> list[Rectangle]:
+    """One call on the keys that all of `chunk` see, then what each sees besides."""
+    common = chunk[0].keys
+    for rectangle in chunk[1:]:
+        common = _intersect(common, rectangle.keys)
+    # A shared call saves time only if it takes the larger part of the work out of small calls.
+    if len(chunk) == 1 or 2 * _size(common) < max(_size(r.keys) for r in chunk):
+        return chunk
+    rest = [Rectangle(r.queries, _subtract(r.keys, common)) for r in chunk]
+    every = _merge(r for rectangle in chunk for r in rectangle.queries)
+    return [Rectangle(every, common), *(r for r in rest if r.keys)]
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, plans: list[Plan], scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention of `q` (B, N, heads, E) on `k`, `v` (B, M, heads, E).
+
+    `plans` holds one plan for the whole batch, or one a sample. Returns out (B, N, heads, E) and
+    lse (B, heads, N), float32 or, for float64 input, float64.
+    """
+    q, k, v = (_heads_together(tensor) for tensor in (q, k, v))
+    if q.numel() and len(plans) == 1 and len(plans[0].rectangles) == 1:
+        (whole,) = plans[0].rectangles
+        if _size(whole.queries) == q.shape[1] and len(whole.keys) == 1:
+            out, lse = _flash(q, _take(k, whole.keys), _take(v, whole.keys), scale)
+            return out.contiguous(), lse.contiguous()
+    wide = torch.promote_types(q.dtype, torch.float32)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=wide, device=q.device)
+    if not out.numel():  # the kernels divide by the batch and by the heads
+        return out, lse
+    for sample, its_plan in zip(_samples(len(plans)), plans, strict=True):
+        _forward_one(out[sample], lse[sample], q[sample], k[sample], v[sample], its_plan, scale)
+    return out, lse
+
+
+def _forward_one(out, lse, q, k, v, its_plan, scale):
+    done: Ranges = ()
+    for whole, keys in its_plan.rectangles:
+        its_k, its_v = _take(k, keys), _take(v, keys)
+        joins = bool(_intersect(done, whole))
+        for queries in _blocks(whole):
+            part, part_lse = _flash(_take(q, queries), its_k, its_v, scale)
+            for (start, end), (a, b) in zip(queries, _places(queries), strict=True):
+                here, here_lse = out[:, start:end], lse[:, :, start:end]
+                if joins:
+                    _join(here, here_lse, part[:, a:b], part_lse[:, :, a:b])
+                else:
+                    here.copy_(part[:, a:b])
+                    here_lse.copy_(part_lse[:, :, a:b])
+        done = _merge([*done, *whole])
+    for start, end in (piece for block in _blocks(its_plan.alone) for piece in block):
+        out[:, start:end] = v[:, start:end]
+        own = (q[:, start:end].to(lse.dtype) * k[:, start:end]).sum(-1)
+        lse[:, :, start:end] = own.mT * scale
+    for start, end in its_plan.blind:
+        out[:, start:end] = 0
+        lse[:, :, start:end] = -torch.inf
+
+
+def _join(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    """Add the keys of `part` to the rows of `out`, in place."""
+    total = torch.logaddexp(lse, part_lse)
+    old, new = ((side - total).exp().transpose(1, 2)[..., None] for side in (lse, part_lse))
+    out.copy_(out * old + part * new)
+    lse.copy_(total)
+
+
+def backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    plans: list[Plan], scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of `q`, `k` and `v`; `out` and `lse` are those of `forward`."""
+    dout, q, k, v = (_heads_together(tensor) for tensor in (dout, q, k, v))
+    if q.numel() and len(plans) == 1 and len(plans[0].rectangles) == 1:
+        (whole,) = plans[0].rectangles
+        if _size(whole.queries) == q.shape[1] and whole.keys == ((0, k.shape[1]),):
+            return _flash_backward(dout, q, k, v, out, lse, scale)
+    # Sums over calls are float32 whatever the inputs.
+    dq, dk, dv = (torch.zeros(t.shape, dtype=lse.dtype, device=t.device) for t in (q, k, v))
+    if not dq.numel():
+        plans = []  # the kernels divide by the batch and by the heads
+    for sample, its_plan in zip(_samples(len(plans)), plans, strict=True):
+        for rectangle in its_plan.rectangles:
+            for queries in _blocks(rectangle.queries):
+                its_dout, its_q, its_out = (_take(t[sample], queries) for t in (dout, q, out))
+                its_lse = _take(lse[sample], queries, dim=2)
+                for keys in _blocks(rectangle.keys):
+                    its_k, its_v = _take(k[sample], keys), _take(v[sample], keys)
+                    parts = _flash_backward(its_dout, its_q, its_k, its_v, its_out, its_lse, scale)
+                    _add(dq[sample], queries, parts[0])
+                    _add(dk[sample], keys, parts[1])
+                    _add(dv[sample], keys, parts[2])
+        for start, end in its_plan.alone:
+            dv[sample, start:end] += dout[sample, start:end]
+    return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """(B, N, heads, E) attention and its lse (B, heads, N), by PyTorch's kernel of the device."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+    return out.transpose(1, 2), lse
+
+
+def _flash_backward(dout, q, k, v, out, lse, scale):
+    dout, q, k, v, out = (t.transpose(1, 2) for t in (dout, q, k, v, out))
+    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        dout, q, k, v, out, lse, 0.0, False, scale=scale
+    )
+    return tuple(grad.transpose(1, 2) for grad in grads)
+
+
+def _heads_together(tensor: Tensor) -> Tensor:
+    # PyTorch's kernel takes the last stride for 1 without looking.
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _samples(plans: int) -> list[slice]:
+    return [slice(None)] if plans == 1 else [slice(b, b + 1) for b in range(plans)]
+
+
+def _take(tensor: Tensor, ranges: Ranges, dim: int = 1) -> Tensor:
+    """The ranges of one axis: a view of one range, a copy of several."""
+    parts = [tensor.narrow(dim, start, end - start) for start, end in ranges]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _add(tensor: Tensor, ranges: Ranges, part: Tensor) -> None:
+    for (start, end), (a, b) in zip(ranges, _places(ranges), strict=True):
+        tensor[:, start:end] += part[:, a:b]
+
+
+def _blocks(ranges: Ranges) -> Iterator[Ranges]:
+    """The ranges, in order, in groups of MOST_TOKENS tokens; the last group may be smaller."""
+    block: list[Range] = []
+    room = MOST_TOKENS
+    for start, end in ranges:
+        while start < end:
+            stop = min(end, start + room)
+            block.append((start, stop))
+            room -= stop - start
+            start = stop
+            if room == 0:
+                yield tuple(block)
+                block, room = [], MOST_TOKENS
+    if block:
+        yield tuple(block)
+
+
+def _places(ranges: Ranges) -> Iterator[Range]:
+    """Where each range lies once they are laid end to end."""
+    at = 0
+    for start, end in ranges:
+        yield at, at + end - start
+        at += end - start
+
+
+def _size(ranges: Ranges) -> int:
+    return sum(end - start for start, end in ranges)
+
+
+def _merge(ranges: Iterable[Range]) -> Ranges:
+    merged: list[Range] = []
+    for start, end in sorted(ranges):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return tuple(merged)
+
+
+def _intersect(left: Ranges, right: Ranges) -> Ranges:
+    pairs = ((max(a, c), min(b, d)) for a, b in left for c, d in right)
+    return _merge(pair for pair in pairs if pair[0] < pair[1])
+
+
+def _subtract(left: Ranges, right: Ranges) -> Ranges:
+    for cut_start, cut_end in right:
+        pieces = ((a, min(b, cut_start)) for a, b in left)
+        others = ((max(a, cut_end), b) for a, b in left)
+        left = tuple(sorted(p for p in (*pieces, *others) if p[0] < p[1]))
+    return left

@@ -1,0 +1,462 @@
+"""The Triton kernels of `masked_attention` and their launchers.
+
+A program owns one tile of query tokens inside one frame (backward also: of key tokens) of one
+sample and head, and walks the spans that its frame sees in one loop, always with the predicate:
+a branch or a second loop would end the pipelining of loads. The tables list the frames with the
+most keys first, so the longest programs start first. A head width that is no power of two is
+computed as two parts, 72 as 64 + 16.
+
+Backward is two kernels, dQ over the rows and dK with dV over the columns of the table. Each output
+tile is summed by one program in a fixed order: no atomics, the same bits in every run.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._shared import intervals_kernel
+from .._shared.intervals import FIELDS
+from .._shared.variants import Variant
+
+LOG2E = tl.constexpr(1 / math.log(2))
+LN2 = tl.constexpr(math.log(2))
+ENTRY = tl.constexpr(FIELDS)
+
+
+class Blocks(NamedTuple):
+    rows: int  # tokens that a program owns
+    steps: int  # tokens of the other side that it takes at a time
+    warps: int
+    stages: int
+
+
+# By the padded head width, for 16-bit and for 32-bit inputs: the largest found that spill nothing
+# on any of the budgeted architectures. Float32 wider than 64 may. One table serves all
+# until a measurement splits it.
+FORWARD = {
+    16: {
+        64: Blocks(128, 64, 8, 3),
+        80: Blocks(128, 64, 8, 3),
+        128: Blocks(128, 32, 8, 3),
+        256: Blocks(64, 32, 8, 2),
+    },
+    32: {64: Blocks(32, 32, 4, 2), 128: Blocks(32, 32, 8, 2), 256: Blocks(16, 16, 8, 2)},
+}
+BACKWARD_Q = {
+    16: {
+        64: Blocks(64, 64, 4, 2),
+        80: Blocks(64, 32, 4, 2),
+        128: Blocks(64, 32, 8, 2),
+        256: Blocks(32, 32, 8, 2),
+    },
+    32: {64: Blocks(32, 32, 8, 2), 128: Blocks(16, 16, 4, 2), 256: Blocks(16, 16, 8, 1)},
+}
+BACKWARD_KV = {
+    16: {
+        64: Blocks(128, 32, 8, 2),
+        80: Blocks(64, 32, 4, 2),
+        128: Blocks(64, 32, 8, 2),
+        256: Blocks(32, 32, 8, 1),
+    },
+    32: {64: Blocks(16, 32, 4, 2), 128: Blocks(16, 16, 4, 2), 256: Blocks(16, 16, 8, 1)},
+}
+
+
+@triton.jit
+def _tile(table_ptr, frames, tokens, tile, BLOCK: tl.constexpr):
+    """The table entry of a tile, its first token and its frame's end (both 0 for no tile)."""
+    entry = 0
+    start = tl.load(table_ptr)
+    end = tl.minimum(tl.load(table_ptr + 1), tokens)
+    first = start + tile * BLOCK
+    while (first >= end) & (entry < frames - 1):
+        skipped = tl.cdiv(tl.maximum(end - start, 0), BLOCK)
+        tile -= skipped
+        entry += 1
+        start = tl.load(table_ptr + entry * ENTRY)
+        end = tl.minimum(tl.load(table_ptr + entry * ENTRY + 1), tokens)
+        first = start + tile * BLOCK
+    there = first < end
+    return entry, tl.where(there, first, 0), tl.where(there, end, 0)
+
+
+@triton.jit
+def _steps(spans_ptr, count, tokens, BLOCK: tl.constexpr):
+    """How many blocks the spans make."""
+    steps = 0
+    for i in range(count):
+        end = tl.minimum(tl.load(spans_ptr + 2 * i + 1), tokens)
+        steps += tl.cdiv(tl.maximum(end - tl.load(spans_ptr + 2 * i), 0), BLOCK)
+    return steps
+
+
+@triton.jit
+def _span(spans_ptr, i, count, tokens):
+    start = tl.load(spans_ptr + 2 * i, mask=i < count, other=0)
+    end = tl.load(spans_ptr + 2 * i + 1, mask=i < count, other=0)
+    return start, tl.minimum(end, tokens)
+
+
+@triton.jit
+def _advance(spans_ptr, i, at, end, count, tokens, BLOCK: tl.constexpr):
+    """The next block: further in this span, or at the start of the next one."""
+    at += BLOCK
+    over = at >= end
+    i += over.to(tl.int32)
+    next_at, next_end = _span(spans_ptr, i, count, tokens)
+    return i, tl.where(over, next_at, at), tl.where(over, next_end, end)
+
+
+@triton.jit
+def _load(ptr, n, live, stride_n, FIRST: tl.constexpr, WIDTH: tl.constexpr, E: tl.constexpr):
+    """[tokens, WIDTH] of the columns from FIRST on; 0 for tokens that are not live, and past E."""
+    e = FIRST + tl.arange(0, WIDTH)
+    at = n.to(tl.int64)[:, None] * stride_n + e[None, :]
+    mask = live[:, None]
+    if FIRST + WIDTH > E:
+        mask = mask & (e < E)[None, :]
+    return tl.load(ptr + at, mask=mask, other=0.0)
+
+
+@triton.jit
+def _store(
+    ptr, value, n, live, stride_n, FIRST: tl.constexpr, WIDTH: tl.constexpr, E: tl.constexpr
+):
+    e = FIRST + tl.arange(0, WIDTH)
+    at = n.to(tl.int64)[:, None] * stride_n + e[None, :]
+    mask = live[:, None]
+    if FIRST + WIDTH > E:
+        mask = mask & (e < E)[None, :]
+    tl.store(ptr + at, value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["frames", "others", "N", "M", "table_b", "spans_b"])
+def _forward(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, rows_ptr, spans_ptr,
+    q_b, q_n, q_h, k_b, k_m, k_h, v_b, v_m, v_h,
+    heads, frames, others, N, M, table_b, spans_b, scale,
+    E: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    bh = tl.program_id(1).to(tl.int64)
+    b, h = bh // heads, bh % heads
+    rows_ptr += b * table_b
+    entry, first, end = _tile(rows_ptr, frames, N, tl.program_id(0), BLOCK_N)
+    n = first + tl.arange(0, BLOCK_N)
+    live = n < end
+    count = tl.where(first < end, tl.load(rows_ptr + entry * ENTRY + 2), 0)
+    alone = tl.load(rows_ptr + entry * ENTRY + 3)
+    spans_ptr += b * spans_b + entry.to(tl.int64) * others * 2
+
+    q_ptr += b * q_b + h * q_h
+    k_ptr += b * k_b + h * k_h
+    v_ptr += b * v_b + h * v_h
+    q1 = _load(q_ptr, n, live, q_n, 0, E1, E)  # [BLOCK_N, E1]
+    acc1 = tl.zeros([BLOCK_N, E1], tl.float32)
+    if E2 > 0:
+        q2 = _load(q_ptr, n, live, q_n, E1, E2, E)
+        acc2 = tl.zeros([BLOCK_N, E2], tl.float32)
+    top = tl.full([BLOCK_N], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_N], tl.float32)
+
+    i = 0
+    at, stop = _span(spans_ptr, i, count, M)
+    for _ in range(_steps(spans_ptr, count, M, BLOCK_M)):
+        m = at + tl.arange(0, BLOCK_M)
+        seen = m < stop
+        k1 = _load(k_ptr, m, seen, k_m, 0, E1, E)
+        scores = tl.dot(q1, k1.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+        if E2 > 0:
+            k2 = _load(k_ptr, m, seen, k_m, E1, E2, E)
+            scores = tl.dot(q2, k2.T, scores, input_precision=PRECISION)
+        scores = tl.where(seen[None, :], scores * (scale * LOG2E), -float("inf"))
+        new_top = tl.maximum(top, tl.max(scores, axis=1))  # finite: every block has a seen key
+        weights = tl.exp2(scores - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(weights, axis=1)
+        v1 = _load(v_ptr, m, seen, v_m, 0, E1, E)
+        weights = weights.to(v1.dtype)
+        acc1 = tl.dot(weights, v1, acc1 * shrink[:, None], input_precision=PRECISION)
+        if E2 > 0:
+            v2 = _load(v_ptr, m, seen, v_m, E1, E2, E)
+            acc2 = tl.dot(weights, v2, acc2 * shrink[:, None], input_precision=PRECISION)
+        top = new_top
+        i, at, stop = _advance(spans_ptr, i, at, stop, count, M, BLOCK_M)
+
+    lse = (top + tl.log2(total)) * LN2  # -inf where nothing was seen
+    share = tl.where(total == 0.0, 0.0, 1.0 / total)
+    acc1 *= share[:, None]
+    if E2 > 0:
+        acc2 *= share[:, None]
+    if alone:
+        acc1 = _load(v_ptr, n, live, v_m, 0, E1, E).to(tl.float32)
+        own = tl.sum(q1.to(tl.float32) * _load(k_ptr, n, live, k_m, 0, E1, E), axis=1)
+        if E2 > 0:
+            acc2 = _load(v_ptr, n, live, v_m, E1, E2, E).to(tl.float32)
+            own += tl.sum(q2.to(tl.float32) * _load(k_ptr, n, live, k_m, E1, E2, E), axis=1)
+        lse = own * scale
+    out_ptr += (b * N * heads + h) * E
+    _store(out_ptr, acc1, n, live, heads * E, 0, E1, E)
+    if E2 > 0:
+        _store(out_ptr, acc2, n, live, heads * E, E1, E2, E)
+    tl.store(lse_ptr + bh * N + n, lse, mask=live)
+
+
+@triton.jit(do_not_specialize=["frames", "others", "N", "M", "table_b", "spans_b"])
+def _backward_q(
+    dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, delta_ptr, dq_ptr, rows_ptr, spans_ptr,
+    dout_b, dout_n, dout_h, q_b, q_n, q_h, k_b, k_m, k_h, v_b, v_m, v_h,
+    heads, frames, others, N, M, table_b, spans_b, scale,
+    E: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dQ, and delta = sum(dout * out) of every row for `_backward_kv`."""
+    bh = tl.program_id(1).to(tl.int64)
+    b, h = bh // heads, bh % heads
+    rows_ptr += b * table_b
+    entry, first, end = _tile(rows_ptr, frames, N, tl.program_id(0), BLOCK_N)
+    n = first + tl.arange(0, BLOCK_N)
+    live = n < end
+    count = tl.where(first < end, tl.load(rows_ptr + entry * ENTRY + 2), 0)
+    spans_ptr += b * spans_b + entry.to(tl.int64) * others * 2
+
+    dout_ptr += b * dout_b + h * dout_h
+    q_ptr += b * q_b + h * q_h
+    k_ptr += b * k_b + h * k_h
+    v_ptr += b * v_b + h * v_h
+    out_ptr += (b * N * heads + h) * E
+    q1 = _load(q_ptr, n, live, q_n, 0, E1, E)  # [BLOCK_N, E1]
+    dout1 = _load(dout_ptr, n, live, dout_n, 0, E1, E)
+    out1 = _load(out_ptr, n, live, heads * E, 0, E1, E)
+    delta = tl.sum(dout1.to(tl.float32) * out1.to(tl.float32), axis=1)
+    dq1 = tl.zeros([BLOCK_N, E1], tl.float32)
+    if E2 > 0:
+        q2 = _load(q_ptr, n, live, q_n, E1, E2, E)
+        dout2 = _load(dout_ptr, n, live, dout_n, E1, E2, E)
+        out2 = _load(out_ptr, n, live, heads * E, E1, E2, E)
+        delta += tl.sum(dout2.to(tl.float32) * out2.to(tl.float32), axis=1)
+        dq2 = tl.zeros([BLOCK_N, E2], tl.float32)
+    tl.store(delta_ptr + bh * N + n, delta, mask=live)
+    lse = tl.load(lse_ptr + bh * N + n, mask=live, other=0.0) * LOG2E
+
+    i = 0
+    at, stop = _span(spans_ptr, i, count, M)
+    for _ in range(_steps(spans_ptr, count, M, BLOCK_M)):
+        m = at + tl.arange(0, BLOCK_M)
+        seen = m < stop
+        k1 = _load(k_ptr, m, seen, k_m, 0, E1, E)
+        v1 = _load(v_ptr, m, seen, v_m, 0, E1, E)
+        scores = tl.dot(q1, k1.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+        dweights = tl.dot(dout1, v1.T, input_precision=PRECISION)
+        if E2 > 0:
+            k2 = _load(k_ptr, m, seen, k_m, E1, E2, E)
+            v2 = _load(v_ptr, m, seen, v_m, E1, E2, E)
+            scores = tl.dot(q2, k2.T, scores, input_precision=PRECISION)
+            dweights = tl.dot(dout2, v2.T, dweights, input_precision=PRECISION)
+        weights = tl.exp2(scores * (scale * LOG2E) - lse[:, None])
+        weights = tl.where(seen[None, :], weights, 0.0)
+        dscores = (weights * (dweights - delta[:, None])).to(k1.dtype)
+        dq1 = tl.dot(dscores, k1, dq1, input_precision=PRECISION)
+        if E2 > 0:
+            dq2 = tl.dot(dscores, k2, dq2, input_precision=PRECISION)
+        i, at, stop = _advance(spans_ptr, i, at, stop, count, M, BLOCK_M)
+
+    dq_ptr += (b * N * heads + h) * E
+    _store(dq_ptr, dq1 * scale, n, live, heads * E, 0, E1, E)
+    if E2 > 0:
+        _store(dq_ptr, dq2 * scale, n, live, heads * E, E1, E2, E)
+
+
+@triton.jit(do_not_specialize=["frames", "others", "N", "M", "table_b", "spans_b"])
+def _backward_kv(
+    dout_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, columns_ptr, spans_ptr,
+    dout_b, dout_n, dout_h, q_b, q_n, q_h, k_b, k_m, k_h, v_b, v_m, v_h,
+    heads, frames, others, N, M, table_b, spans_b, scale,
+    E: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of one tile of keys: every query that sees it, in the order of the tokens."""
+    bh = tl.program_id(1).to(tl.int64)
+    b, h = bh // heads, bh % heads
+    columns_ptr += b * table_b
+    entry, first, end = _tile(columns_ptr, frames, M, tl.program_id(0), BLOCK_M)
+    m = first + tl.arange(0, BLOCK_M)
+    live = m < end
+    count = tl.where(first < end, tl.load(columns_ptr + entry * ENTRY + 2), 0)
+    alone = tl.load(columns_ptr + entry * ENTRY + 3)
+    valid = m < tl.load(columns_ptr + entry * ENTRY + 4)
+    spans_ptr += b * spans_b + entry.to(tl.int64) * others * 2
+
+    dout_ptr += b * dout_b + h * dout_h
+    q_ptr += b * q_b + h * q_h
+    k_ptr += b * k_b + h * k_h
+    v_ptr += b * v_b + h * v_h
+    k1 = _load(k_ptr, m, live, k_m, 0, E1, E)  # [BLOCK_M, E1]
+    v1 = _load(v_ptr, m, live, v_m, 0, E1, E)
+    dk1 = tl.zeros([BLOCK_M, E1], tl.float32)
+    dv1 = tl.zeros([BLOCK_M, E1], tl.float32)
+    if E2 > 0:
+        k2 = _load(k_ptr, m, live, k_m, E1, E2, E)
+        v2 = _load(v_ptr, m, live, v_m, E1, E2, E)
+        dk2 = tl.zeros([BLOCK_M, E2], tl.float32)
+        dv2 = tl.zeros([BLOCK_M, E2], tl.float32)
+    if alone:  # the token's own output was its v
+        dv1 += _load(dout_ptr, m, live, dout_n, 0, E1, E)
+        if E2 > 0:
+            dv2 += _load(dout_ptr, m, live, dout_n, E1, E2, E)
+
+    i = 0
+    at, stop = _span(spans_ptr, i, count, N)
+    for _ in range(_steps(spans_ptr, count, N, BLOCK_N)):
+        n = at + tl.arange(0, BLOCK_N)
+        seeing = n < stop
+        q1 = _load(q_ptr, n, seeing, q_n, 0, E1, E)
+        dout1 = _load(dout_ptr, n, seeing, dout_n, 0, E1, E)
+        lse = tl.load(lse_ptr + bh * N + n, mask=seeing, other=0.0) * LOG2E
+        delta = tl.load(delta_ptr + bh * N + n, mask=seeing, other=0.0)
+        scores = tl.dot(k1, q1.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        dweights = tl.dot(v1, dout1.T, input_precision=PRECISION)
+        if E2 > 0:
+            q2 = _load(q_ptr, n, seeing, q_n, E1, E2, E)
+            dout2 = _load(dout_ptr, n, seeing, dout_n, E1, E2, E)
+            scores = tl.dot(k2, q2.T, scores, input_precision=PRECISION)
+            dweights = tl.dot(v2, dout2.T, dweights, input_precision=PRECISION)
+        weights = tl.exp2(scores * (scale * LOG2E) - lse[None, :])
+        weights = tl.where(valid[:, None] & seeing[None, :], weights, 0.0)
+        dscores = (weights * (dweights - delta[None, :])).to(q1.dtype)
+        weights = weights.to(dout1.dtype)
+        dv1 = tl.dot(weights, dout1, dv1, input_precision=PRECISION)
+        dk1 = tl.dot(dscores, q1, dk1, input_precision=PRECISION)
+        if E2 > 0:
+            dv2 = tl.dot(weights, dout2, dv2, input_precision=PRECISION)
+            dk2 = tl.dot(dscores, q2, dk2, input_precision=PRECISION)
+        i, at, stop = _advance(spans_ptr, i, at, stop, count, N, BLOCK_N)
+
+    dk_ptr += (b * M * heads + h) * E
+    dv_ptr += (b * M * heads + h) * E
+    _store(dk_ptr, dk1 * scale, m, live, heads * E, 0, E1, E)
+    _store(dv_ptr, dv1, m, live, heads * E, 0, E1, E)
+    if E2 > 0:
+        _store(dk_ptr, dk2 * scale, m, live, heads * E, E1, E2, E)
+        _store(dv_ptr, dv2, m, live, heads * E, E1, E2, E)
+
+
+def launch_forward(
+    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, row_spans: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """out (B, N, heads, E) in the dtype of q, and lse (B, heads, N) in float32."""
+    q, k, v = _heads_together(q), _heads_together(k), _heads_together(v)
+    B, N, heads, E = q.shape
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((B, heads, N), dtype=torch.float32)
+    if out.numel():
+        blocks = _blocks(FORWARD, q)
+        _forward[_grid(rows, N, B * heads, blocks)](
+            q, k, v, out, lse, rows, row_spans,
+            *_strides(q), *_strides(k), *_strides(v),
+            heads, *_sizes(rows, row_spans, N, k.shape[1]), scale,
+            **_constants(E, q.dtype), BLOCK_N=blocks.rows, BLOCK_M=blocks.steps,
+            num_warps=blocks.warps, num_stages=blocks.stages,
+        )  # fmt: skip
+    return out, lse
+
+
+def launch_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    rows: Tensor, row_spans: Tensor, columns: Tensor, column_spans: Tensor, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk and dv, contiguous, in the dtype of q."""
+    dout, q, k, v = (_heads_together(tensor) for tensor in (dout, q, k, v))
+    B, N, heads, E = q.shape
+    M = k.shape[1]
+    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    delta = torch.empty_like(lse)
+    inputs = *_strides(dout), *_strides(q), *_strides(k), *_strides(v), heads
+    constants = _constants(E, q.dtype)
+    if dq.numel():
+        blocks = _blocks(BACKWARD_Q, q)
+        _backward_q[_grid(rows, N, B * heads, blocks)](
+            dout, q, k, v, out, lse, delta, dq, rows, row_spans,
+            *inputs, *_sizes(rows, row_spans, N, M), scale,
+            **constants, BLOCK_N=blocks.rows, BLOCK_M=blocks.steps,
+            num_warps=blocks.warps, num_stages=blocks.stages,
+        )  # fmt: skip
+    if dk.numel():
+        blocks = _blocks(BACKWARD_KV, q)
+        _backward_kv[_grid(columns, M, B * heads, blocks)](
+            dout, q, k, v, lse, delta, dk, dv, columns, column_spans,
+            *inputs, *_sizes(columns, column_spans, N, M), scale,
+            **constants, BLOCK_M=blocks.rows, BLOCK_N=blocks.steps,
+            num_warps=blocks.warps, num_stages=blocks.stages,
+        )  # fmt: skip
+    return dq, dk, dv
+
+
+def split(E: int) -> tuple[int, int]:
+    """The powers of two that cover a head width: 64 is (64, 0), 72 is (64, 16), 96 is (64, 32)."""
+    first = 1 << (E.bit_length() - 1)
+    return first, max(16, triton.next_power_of_2(E - first)) if first < E else 0
+
+
+def _blocks(table: dict[int, dict[int, Blocks]], q: Tensor) -> Blocks:
+    widths = table[32 if q.dtype == torch.float32 else 16]
+    return next(blocks for width, blocks in widths.items() if sum(split(q.shape[3])) <= width)
+
+
+def _constants(E: int, dtype: torch.dtype) -> dict:
+    first, second = split(E)
+    # Plain tf32 is off by 1e-3; three of them reach float32's own rounding. AMD has neither.
+    precision = "ieee" if torch.version.hip or dtype != torch.float32 else "tf32x3"
+    return {"E": E, "E1": first, "E2": second, "PRECISION": precision}
+
+
+def _grid(table: Tensor, tokens: int, heads: int, blocks: Blocks) -> tuple[int, int]:
+    # Each frame may leave a part of a tile; how many there are is known on the device only.
+    return triton.cdiv(tokens, blocks.rows) + table.shape[1], heads
+
+
+def _sizes(table: Tensor, spans: Tensor, N: int, M: int) -> tuple[int, ...]:
+    """frames, others, N, M and the batch strides of the two tables, 0 where they are shared."""
+    steps = (t.stride(0) if t.shape[0] > 1 else 0 for t in (table, spans))
+    return table.shape[1], spans.shape[2], N, M, *steps
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    """Steps along batch, tokens and heads; 0 along an axis of size 1, whose stride is arbitrary."""
+    b, n, h, _ = tensor.stride()
+    return tuple(s if size > 1 else 0 for s, size in zip((b, n, h), tensor.shape, strict=False))
+
+
+def _heads_together(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _variant(name: str, kernel, table, E: int, dtype: str = "bf16") -> Variant:
+    bits, torch_dtype = (32, torch.float32) if dtype == "fp32" else (16, torch.bfloat16)
+    blocks = next(b for width, b in table[bits].items() if sum(split(E)) <= width)
+    owned, other = ("BLOCK_M", "BLOCK_N") if kernel is _backward_kv else ("BLOCK_N", "BLOCK_M")
+    tensors = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
+    types = {f"{tensor}_ptr": f"*{dtype}:16" for tensor in tensors}
+    types |= {"lse_ptr": "*fp32:16", "delta_ptr": "*fp32:16"}
+    types |= dict.fromkeys(("rows_ptr", "columns_ptr", "spans_ptr"), "*i32:16")
+    types |= {f"{t}_{axis}": "i32:16" for t in ("q", "dout") for axis in "bnh"}
+    types |= {f"{t}_{axis}": "i32:16" for t in ("k", "v") for axis in "bmh"}
+    types |= dict.fromkeys(("frames", "others", "N", "M", "table_b", "spans_b"), "i32")
+    types |= {"heads": "i32:16", "scale": "fp32"}
+    constants = _constants(E, torch_dtype) | {owned: blocks.rows, other: blocks.steps}
+    return Variant(name, kernel, types, constants, blocks.warps, blocks.stages)
+
+
+# VDT-S, MarDini's generator and Pyramid Flow (64), VDT-L (72), MarDini's planner (128).
+VARIANTS = [
+    *intervals_kernel.VARIANTS,
+    *(_variant(f"forward_{E}", _forward, FORWARD, E) for E in (64, 72, 128)),
+    *(_variant(f"backward_q_{E}", _backward_q, BACKWARD_Q, E) for E in (64, 72, 128)),
+    *(_variant(f"backward_kv_{E}", _backward_kv, BACKWARD_KV, E) for E in (64, 72, 128)),
+    _variant("forward_fp32_64", _forward, FORWARD, 64, "fp32"),
+    _variant("backward_kv_fp32_64", _backward_kv, BACKWARD_KV, 64, "fp32"),
+]

@@ -1,0 +1,201 @@
+"""The Triton kernels of `masked_attention`, interpreted where there is no GPU."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastvid.functional import FrameLayout, Visibility, masked_attention
+from tests.kernels.masked_attention_cases import (
+    MASKS,
+    OP,
+    check_budget,
+    oracle,
+    ours,
+    random_visibility,
+    tables,
+    visibility_of,
+)  # fmt: skip
+
+
+def launched(q, k, v, visibility, dout, scale):
+    from fastvid.kernels.masked_attention.kernel import launch_backward, launch_forward
+
+    out, lse = launch_forward(q, k, v, *tables(visibility)[:2], scale)
+    return out, lse, *launch_backward(dout, q, k, v, out, lse, *tables(visibility), scale)
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("E", [64, 72, 128])
+def test_kernels_round_no_worse_than_eager(within_budget, device, rand, E, dtype):
+    """Each launch configuration of the models, over frames that are longer than a tile."""
+    visibility = Visibility.causal(FrameLayout([131, 2], device=device))
+    q, k, v, dout = (rand(1, 133, 1, E, dtype=dtype) for _ in range(4))
+    found = launched(q, k, v, visibility, dout, E**-0.5)
+    check_budget(within_budget, found, q, k, v, visibility, dout, E**-0.5)
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("E", [16, 24, 40, 136, 256])
+def test_kernels_at_other_head_widths(within_budget, device, rand, E):
+    visibility = visibility_of("identity", 3, device)
+    q, k, v, dout = (rand(2, 12, 1, E, dtype=torch.float16) for _ in range(4))
+    found = launched(q, k, v, visibility, dout, 0.2)
+    check_budget(within_budget, found, q, k, v, visibility, dout, 0.2)
+
+
+@pytest.mark.usefixtures("interpreter", "poisoned")
+@pytest.mark.parametrize(
+    ("mask", "dtype"),
+    [*((mask, torch.float16) for mask in MASKS), ("identity", torch.float32)],
+)
+def test_kernels_serve_every_mask(within_budget, device, rand, mask, dtype):
+    visibility = visibility_of(mask, 4, device)
+    heads = 2 if mask == "identity" else 1
+    q, k, v = rand(2, 16, 3, heads, 16, dtype=dtype).unbind(2)
+    dout = rand(2, heads, 16, 16, dtype=dtype).transpose(1, 2)
+    found = launched(q, k, v, visibility, dout, 0.25)
+    assert not any(tensor.isnan().any() for tensor in found)
+    check_budget(within_budget, found, q, k, v, visibility, dout, 0.25)
+
+
+@pytest.mark.usefixtures("interpreter")
+@settings(max_examples=4, deadline=None, derandomize=True)
+@given(st.integers(0, 10**6))
+def test_kernels_serve_any_layout_and_table(seed):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    visibility = random_visibility(seed, device=device)
+    torch.manual_seed(seed)
+    q, k, v, dout = torch.randn(4, 2, visibility.queries.tokens, 1, 16, device=device)
+    found, wanted = (f(q, k, v, visibility, dout, 0.25) for f in (launched, oracle))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_kernels_share_expanded_keys_and_repeat_their_bits(device, rand):
+    visibility = visibility_of("causal", 3, device)
+    q, dout = rand(2, 12, 1, 24), rand(2, 12, 1, 24)
+    k, v = (rand(1, 12, 1, 24).expand(2, -1, -1, -1) for _ in range(2))
+    first, second = (launched(q, k, v, visibility, dout, 0.25) for _ in range(2))
+    copied = launched(q, k.contiguous(), v.contiguous(), visibility, dout, 0.25)
+    for a, b, c in zip(first, second, copied, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_kernels_stay_inside_their_tensors(device, rand, guard_bands):
+    visibility = visibility_of("ragged", 3, device)
+    q, k, v, dout = (rand(2, 12, 1, 24) for _ in range(4))
+    launched(q, k, v, visibility, dout, 0.25)
+    guard_bands()
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_kernels_on_nothing(device, rand):
+    visibility = Visibility.causal(FrameLayout([0, 0], device=device))
+    q = rand(2, 0, 1, 16)
+    assert all(tensor.numel() == 0 for tensor in launched(q, q, q, visibility, q, 0.25))
+
+
+def test_one_compilation_serves_every_layout(compilations):
+    printed = compilations("""
+from fastvid.kernels._shared import intervals
+from fastvid.kernels.masked_attention import kernel
+for B, frames, tokens in ((1, 3, 5), (2, 4, 4), (3, 16, 1), (1, 1, 1)):
+    ends = (torch.arange(frames + 1) * tokens).int()[None]
+    table = torch.ones(1, frames, frames, dtype=torch.bool)
+    tables = intervals.reference(table, ends, ends, None, None)
+    q, k, v = torch.zeros(B, frames * tokens, 3, 2, 16).unbind(2)
+    out, lse = kernel.launch_forward(q, k, v, *tables[:2], 1.0)
+    kernel.launch_backward(out, q, k, v, out, lse, *tables, 1.0)
+print(*(count(getattr(kernel, name)) for name in ("_forward", "_backward_q", "_backward_kv")))
+""")
+    # A batch or a length of 1 gives a stride of 0, which Triton knows as a multiple of 16 as well.
+    assert printed.split() == ["1", "1", "1"]
+
+
+# ---- on the GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("E", [64, 72, 128])
+@pytest.mark.parametrize("mask", MASKS)
+def test_gpu_bf16_at_real_sizes(within_budget, rand, mask, E):
+    visibility = visibility_of(mask, 1000, "cuda")
+    q, k, v = rand(2, 4000, 3, 2, E, dtype=torch.bfloat16).unbind(2)
+    dout = rand(2, 4000, 2, E, dtype=torch.bfloat16)
+    found = ours(q, k, v, visibility, dout)
+    check_budget(within_budget, found, q, k, v, visibility, dout, E**-0.5)
+
+
+@pytest.mark.gpu
+def test_gpu_float32_is_float32(rand):
+    visibility = visibility_of("identity", 300, "cuda")
+    q, k, v, dout = (rand(2, 1200, 2, 64) for _ in range(4))
+    found, wanted = (f(q, k, v, visibility, dout, 0.125) for f in (ours, oracle))
+    for a, b in zip(found, wanted, strict=True):
+        assert (a.double() - b).abs().max() <= 1e-5 * b[b.isfinite()].abs().max()
+
+
+@pytest.mark.gpu
+def test_gpu_more_than_2_to_the_31_numbers():
+    N, heads, E = 2**20 + 512, 32, 64
+    qkv = torch.empty(1, N, 3, heads, E, dtype=torch.bfloat16, device="cuda").normal_()
+    layout = FrameLayout([64] * (N // 64), device="cuda")
+    ends = Visibility.window(FrameLayout([64] * 8, device="cuda"), 0, 0)
+    frames = torch.arange(layout.frames, device="cuda")
+    start = layout.offsets[:, :-1]
+    rows = torch.stack([start, start + 64, start * 0 + 1, start * 0, start + 64], -1)
+    rows = torch.cat([rows, rows[:, -1:] * 0 + 2**31 - 1], 1).int()
+    spans = torch.zeros(1, len(frames) + 1, 1, 2, dtype=torch.int32, device="cuda")
+    spans[0, :-1, 0, 0], spans[0, :-1, 0, 1] = start[0], start[0] + 64
+    q, k, v = qkv.unbind(2)
+    out, _ = OP(q, k, v, rows, spans, rows, spans, 0.125)
+    near, _ = OP(*(t[:, -512:].contiguous() for t in (q, k, v)), *tables(ends), 0.125)
+    assert torch.equal(out[:, -512:], near)
+
+
+@pytest.mark.gpu
+def test_gpu_graph_capture(rand):
+    visibility = visibility_of("identity", 256, "cuda")
+    q, k, v = rand(2, 1024, 3, 2, 64, dtype=torch.bfloat16).unbind(2)
+    masked_attention(q, k, v, visibility)  # compiles outside the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = masked_attention(q, k, v, visibility)
+    q.copy_(rand(2, 1024, 2, 64))
+    graph.replay()
+    assert torch.equal(out, masked_attention(q, k, v, visibility))
+
+
+@pytest.mark.gpu
+def test_gpu_backward_repeats_its_bits(rand):
+    visibility = visibility_of("causal", 512, "cuda")
+    q, k, v, dout = (rand(2, 2048, 4, 64, dtype=torch.bfloat16) for _ in range(4))
+    runs = [ours(q, k, v, visibility, dout) for _ in range(10)]
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.gpu
+def test_gpu_compiles_once_and_launches_one_variant(rand):
+    from fastvid.kernels.masked_attention import kernel
+
+    def step(q, k, v, known, lengths):
+        return masked_attention(q, k, v, Visibility.identity(FrameLayout(lengths), known))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    seen = []
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for frames, tokens in ((6, 100), (9, 100), (6, 256)):
+            lengths = torch.full((frames,), tokens, device="cuda")
+            known = torch.arange(frames, device="cuda") % 2 == 0
+            q, k, v = rand(2, frames * tokens, 3, 4, 96, dtype=torch.bfloat16).unbind(2)
+            found, wanted = (f(q, k, v, known, lengths) for f in (compiled, step))
+            torch.testing.assert_close(found, wanted)
+            seen.append(sum(len(cache[0]) for cache in kernel._forward.device_caches.values()))
+    assert seen[0] == seen[-1]
