@@ -5,47 +5,21 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from fastvid.functional import norm_modulate
 from fastvid.kernels._shared import paths
 from fastvid.kernels.modulate import reference
-
-GRANULARITIES = ["sample", "frame", "token"]
-OP = torch.ops.fastvid.norm_modulate.default
-BACKWARD = torch.ops.fastvid.norm_modulate_backward.default
-
-
-def modulation_shape(B, N, D, granularity, frames=3):
-    return {"sample": (B, D), "frame": (B, frames, D), "token": (B, N, D)}[granularity]
-
-
-def eager(x, shift, scale, rms, eps=1e-6):
-    """What users write today, in the dtype of its arguments."""
-    norm = F.rms_norm if rms else F.layer_norm
-    normed = norm(x, x.shape[-1:], eps=eps)
-    return normed * (1 + reference.per_token(scale, x)) + reference.per_token(shift, x)
-
-
-def gradients(f, dy, *inputs):
-    inputs = [tensor.detach().clone().requires_grad_() for tensor in inputs]
-    return torch.autograd.grad(f(*inputs), inputs, dy)
-
-
-def check_budget(within_budget, forward, backward, x, shift, scale, dy, rms):
-    """Hold `forward(x, shift, scale) -> y, mean, rstd` and its backward to float64."""
-    exact = [tensor.double() for tensor in (x, shift, scale, dy)]
-    y, mean, rstd = forward(x, shift, scale)
-    assert y.is_contiguous()
-    within_budget(y, eager(x, shift, scale, rms), reference.norm_modulate(*exact[:3], rms=rms), "y")
-    plain = gradients(lambda *a: eager(*a, rms), dy.to(x.dtype), x, shift, scale)
-    wanted = reference.norm_modulate_backward(exact[3], exact[0], exact[2], rms=rms)
-    found = backward(dy, x, scale, mean, rstd)
-    for name, *triple in zip(("dx", "dshift", "dscale"), found, plain, wanted, strict=True):
-        within_budget(*triple, name)
-
+from tests.kernels.modulate_cases import (
+    BACKWARD,
+    GRANULARITIES,
+    LAYOUTS,
+    OP,
+    check_budget,
+    eager,
+    gradients,
+    modulation_shape,
+)
 
 # ---- the reference, and what the op computes on this machine
 
@@ -95,59 +69,6 @@ def test_gradcheck(shape, rms):
     for tensor in inputs:
         tensor.requires_grad_()
     assert torch.autograd.gradcheck(lambda *a: norm_modulate(*a, rms=rms), inputs, fast_mode=True)
-
-
-LAYOUTS = {
-    "contiguous": lambda t: t,
-    "columns of a wider row": lambda t: torch.cat([t, t, t], -1)[
-        ..., t.shape[-1] : 2 * t.shape[-1]
-    ],
-    "batch and tokens swapped": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
-    "every other row": lambda t: t.repeat_interleave(2, dim=1)[:, ::2],
-    "width not last in memory": lambda t: t.mT.contiguous().mT,
-    "one sample, expanded": lambda t: t[:1].expand(t.shape),
-}
-
-
-@settings(max_examples=80, deadline=None, derandomize=True)
-@given(
-    B=st.integers(1, 3),
-    frames=st.integers(1, 4),
-    per_frame=st.integers(1, 9),
-    D=st.integers(1, 70),
-    shared=st.booleans(),
-    granularity=st.sampled_from(GRANULARITIES),
-    layout=st.sampled_from(sorted(LAYOUTS)),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    modulation_dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    rms=st.booleans(),
-    compiled=st.booleans(),
-)
-def test_any_shape_stride_and_dtype(
-    B, frames, per_frame, D, shared, granularity, layout, dtype, modulation_dtype, rms, compiled
-):
-    from fastvid.kernels._shared import native
-
-    N = frames * per_frame
-    torch.manual_seed(B * N * D)
-    shape = modulation_shape(1 if shared else B, N, D, granularity, frames)
-    x, dy = (LAYOUTS[layout](t) for t in torch.randn(2, B, N, D).to(dtype))
-    shift, scale = torch.randn(*shape[:-1], 2 * D).to(modulation_dtype).chunk(2, -1)
-    with pytest.MonkeyPatch.context() as patch:
-        if not compiled:
-            patch.setattr(native, "loaded", lambda: False)
-        y = norm_modulate(x, shift, scale, rms=rms)
-        found = gradients(lambda *a: norm_modulate(*a, rms=rms), dy, x, shift, scale)
-    exact = [tensor.double() for tensor in (dy, x, scale)]
-    wanted = reference.norm_modulate_backward(*exact, rms=rms)
-    assert y.dtype == dtype
-    assert [t.dtype for t in found] == [dtype, modulation_dtype, modulation_dtype]
-    y_exact = reference.norm_modulate(exact[1], shift.double(), exact[2], rms=rms)
-    for a, b in zip((y, *found), (y_exact, *wanted), strict=True):
-        room = 4 * torch.finfo(a.dtype).eps + 1e-5  # one rounding, and the sums in float32
-        # A row of one or two numbers has variance near 0, which magnifies what its mean lost.
-        room *= 1 + (1e3 if D < 4 and not rms else 0)
-        assert (a.double() - b).abs().max() <= room * (1 + b.abs().max())
 
 
 def test_shift_and_scale_may_be_one_tensor(rand, cpu_path):

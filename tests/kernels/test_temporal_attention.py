@@ -5,28 +5,16 @@ import logging
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from fastvid.functional import temporal_attention
-from fastvid.kernels._shared import native, paths
+from fastvid.kernels._shared import paths
 from fastvid.kernels.temporal_attention import reference
+from tests.kernels.temporal_attention_cases import LAYOUTS, RULES, gradients, tables
 
 OP = torch.ops.fastvid.temporal_attention.default
 BACKWARD = torch.ops.fastvid.temporal_attention_backward.default
 WIDE_OPEN = (64, 64)
-
-
-def tables(T, E, dtype=torch.float32, device="cpu"):
-    generator = torch.Generator().manual_seed(T * E)
-    angles = 6 * torch.rand(T, E // 2, generator=generator, dtype=torch.float64)
-    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
-
-
-def gradients(f, dout, *inputs):
-    inputs = [tensor.detach().clone().requires_grad_() for tensor in inputs]
-    return torch.autograd.grad(f(*inputs), inputs, dout)
 
 
 def arguments(known=None, window=None, rotary=None, scale=0.15):
@@ -50,17 +38,6 @@ def check_budget(within_budget, forward, backward, q, k, v, dout, **rule):
     found = backward(dout, q, k, v, *arguments(**rule))
     for name, *triple in zip(("dq", "dk", "dv"), found, plain, wanted, strict=True):
         within_budget(*triple, name)
-
-
-RULES = {
-    "all": lambda B, T, E: {},
-    "known": lambda B, T, E: {"known": torch.arange(B * T).view(B, T) % 3 == 1},
-    "window": lambda B, T, E: {"window": (2, 0)},
-    "rotary": lambda B, T, E: {"rotary": tables(T + 2, E)},
-    "everything": lambda B, T, E: {
-        "known": torch.arange(T)[None] % 3 == 1, "window": (1, 3), "rotary": tables(T, E),
-    },
-}  # fmt: skip
 
 
 def to(device, rule):
@@ -111,53 +88,6 @@ def test_gradcheck(rule):
     rule = RULES[rule](2, 4, 16)
     f = functools.partial(temporal_attention, **rule)
     assert torch.autograd.gradcheck(f, inputs, fast_mode=True)
-
-
-LAYOUTS = {
-    "contiguous": lambda *t: t,
-    "packed qkv": lambda *t: torch.stack(t, dim=3).unbind(3),
-    "heads, then q k v": lambda *t: torch.stack(t, dim=4).unbind(4),
-    "positions first": lambda *t: [x.transpose(1, 2).contiguous().transpose(1, 2) for x in t],
-    "every other frame": lambda *t: [x.repeat_interleave(2, dim=1)[:, ::2] for x in t],
-    "width not last in memory": lambda *t: [x.mT.contiguous().mT for x in t],
-    "odd steps": lambda *t: [torch.cat([x, x[..., :3]], -1)[..., : x.shape[-1]] for x in t],
-    "one sample, expanded": lambda *t: [x[:1].expand(x.shape) for x in t],
-}
-
-
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(
-    B=st.integers(1, 3),
-    T=st.integers(1, 20),
-    N=st.integers(1, 5),
-    heads=st.integers(1, 3),
-    E=st.sampled_from([8, 16, 24, 40, 72, 96]),
-    rule=st.sampled_from(sorted(RULES)),
-    layout=st.sampled_from(sorted(LAYOUTS)),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    compiled=st.booleans(),
-)
-def test_any_shape_stride_and_dtype(B, T, N, heads, E, rule, layout, dtype, compiled):
-    torch.manual_seed(B * T * N)
-    q, k, v = LAYOUTS[layout](*torch.randn(3, B, T, N, heads, E).to(dtype))
-    dout = torch.randn(B, T, N, heads, E).to(dtype)
-    rule = RULES[rule](B, T, E)
-    f = functools.partial(temporal_attention, **rule)
-    with pytest.MonkeyPatch.context() as patch:
-        if not compiled:
-            patch.setattr(native, "loaded", lambda: False)
-        found = f(q, k, v), *gradients(f, dout, q, k, v)
-    if "rotary" in rule:
-        rule["rotary"] = tuple(table.double() for table in rule["rotary"])
-    exact = [tensor.double() for tensor in (q, k, v)]
-    wanted = (
-        reference.temporal_attention(*exact, **rule),
-        *reference.temporal_attention_backward(dout.double(), *exact, **rule),
-    )
-    room = 8 * torch.finfo(dtype).eps + 1e-5  # rounded operands of the products, and the sums
-    for a, b in zip(found, wanted, strict=True):
-        assert a.dtype == dtype
-        assert (a.double() - b).abs().max() <= room * (1 + b.abs().max())
 
 
 def test_views_of_a_projection_are_not_copied(cpu_path):
