@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._shared.checks import expect_device, expect_float, expect_shape
+from .._shared.derivatives import refuse_second
 from .._shared.paths import announce
 from .._shared.visibility import Visibility
 from . import grouped
@@ -86,6 +87,7 @@ def _gradient(ctx, dout, _dlse):
 
 
 torch.library.register_autograd("fastvid::masked_attention", _gradient, setup_context=_save)
+refuse_second("masked_attention")
 _masked_attention = torch.ops.fastvid.masked_attention.default
 _masked_attention_backward = torch.ops.fastvid.masked_attention_backward.default
 
@@ -129,7 +131,7 @@ def masked_attention(
     Raises:
         TypeError: not a tensor or a Visibility, or a dtype that is not served.
         ValueError: a shape, dtype, device or layout that does not fit.
-        NotImplementedError: E > 256.
+        NotImplementedError: E > 256, or a second derivative is asked for.
     """
     sizes = expect_shape("q", q, "B N heads E")
     sizes = expect_shape("k", k, "B M heads E", sizes)

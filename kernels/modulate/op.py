@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .._shared import native
 from .._shared.checks import expect_device, expect_float, expect_shape
+from .._shared.derivatives import refuse_second
 from .._shared.paths import announce
 from . import cpu
 
@@ -82,6 +83,7 @@ def _gradient(ctx, dy, _dmean, _drstd):
 
 
 torch.library.register_autograd("fastvid::norm_modulate", _gradient, setup_context=_save)
+refuse_second("norm_modulate")
 _norm_modulate = torch.ops.fastvid.norm_modulate.default
 _norm_modulate_backward = torch.ops.fastvid.norm_modulate_backward.default
 
@@ -107,7 +109,7 @@ def norm_modulate(
     Raises:
         TypeError: an argument is not a tensor, or its dtype is not served.
         ValueError: a shape or device is not the one above.
-        NotImplementedError: D > 8192.
+        NotImplementedError: D > 8192, or a second derivative is asked for.
     Source: Peebles & Xie, arXiv:2212.09748, adaLN-Zero block.
     """
     sizes = expect_shape("x", x, "B N D")

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .._shared import native
 from .._shared.checks import expect_device, expect_float, expect_shape
+from .._shared.derivatives import refuse_second
 from .._shared.paths import announce
 from . import cpu
 
@@ -79,6 +80,7 @@ def _gradient(ctx, dout):
 
 
 torch.library.register_autograd("fastvid::temporal_attention", _gradient, setup_context=_save)
+refuse_second("temporal_attention")
 _temporal_attention = torch.ops.fastvid.temporal_attention.default
 _temporal_attention_backward = torch.ops.fastvid.temporal_attention_backward.default
 
@@ -112,7 +114,8 @@ def temporal_attention(
     Raises:
         TypeError: an argument is not a tensor, or its dtype is not the one above.
         ValueError: a shape, a device or the window is not the one above.
-        NotImplementedError: T > 64, or E is not a multiple of 8 up to 256.
+        NotImplementedError: T > 64, E is not a multiple of 8 up to 256, or a second derivative is
+            asked for.
     Source: temporal attention of Lu et al., arXiv:2305.13311, and Liu et al., arXiv:2410.20280;
         rotary positions of Su et al., arXiv:2104.09864.
     """
