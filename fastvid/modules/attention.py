@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvid.functional import Visibility, masked_attention, temporal_attention
-from fastvid.modules.linear import Cheap, linear, linear_parts
+from fastvid.modules.linear import Cheap, call, call_parts, is_plain, linear
 
 
 class SpatialAttention(nn.Module):
@@ -24,10 +24,10 @@ class SpatialAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor | Cheap) -> Tensor:
-        q, k, v = linear_parts(x, self.qkv.weight, self.qkv.bias, 3)
+        q, k, v = call_parts(self.qkv, x, 3)
         B, T, N, D = q.shape
         out = _attend(q, k, v, (B * T, N, self.heads, D // self.heads))
-        return linear(out, self.proj.weight, self.proj.bias)
+        return call(self.proj, out)
 
 
 class TemporalAttention(nn.Module):
@@ -45,14 +45,19 @@ class TemporalAttention(nn.Module):
         self.fc: nn.Linear | None = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor | Cheap) -> Tensor:
-        q, k, v = linear_parts(x, self.qkv.weight, self.qkv.bias, 3)
+        q, k, v = call_parts(self.qkv, x, 3)
         B, T, N, D = q.shape
         out = temporal_attention(*(part.unflatten(-1, (self.heads, -1)) for part in (q, k, v)))
         out = out.flatten(-2)
-        if self.fc is not None and B * T * N >= 2 * D:
+        # A compiled graph would be made anew on each side of a bound on the number of tokens.
+        many = torch.compiler.is_compiling() or B * T * N >= 2 * D
+        if many and self._can_merge():
             return linear(out, *self._both())
-        out = linear(out, self.proj.weight, self.proj.bias)
-        return out if self.fc is None else linear(out, self.fc.weight, self.fc.bias)
+        out = call(self.proj, out)
+        return out if self.fc is None else call(self.fc, out)
+
+    def _can_merge(self) -> bool:
+        return is_plain(self.proj, nn.Linear) and is_plain(self.fc, nn.Linear)
 
     def _both(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of `fc` after `proj`: D^3 to make, one D^2 per token less to apply."""
@@ -63,9 +68,17 @@ class TemporalAttention(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Make `fc` part of `proj`. For inference: the two can not be told apart again."""
+        """Make `fc` part of `proj`. For inference: the two can not be told apart again.
+
+        Raises:
+            RuntimeError: one of the two is wrapped, hooked or sharded.
+        """
         if self.fc is None:
             return
+        if not self._can_merge():
+            raise RuntimeError(
+                "proj and fc must be plain nn.Linear to be folded: merge adapters and remove hooks"
+            )
         dtype = self.fc.weight.dtype
         self.double()
         weight, bias = self._both()

@@ -5,12 +5,14 @@ input is made a second time in the backward from what the graph holds anyway, in
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+M = TypeVar("M", nn.Linear, nn.LayerNorm)
 
 
 class Cheap(NamedTuple):
@@ -18,6 +20,50 @@ class Cheap(NamedTuple):
 
     make: Callable[..., Tensor]
     inputs: tuple[Tensor, ...]
+
+
+def materialise(x: Tensor | Cheap) -> Tensor:
+    """`x` as a tensor."""
+    return x.make(*x.inputs) if isinstance(x, Cheap) else x
+
+
+def is_plain(module: nn.Module | None, kind: type[M]) -> TypeGuard[M]:
+    """Whether `module` is a `kind` and calling it does no more than its own forward.
+
+    Only then may its weights be read past it. Adapters, quantised layers, parametrisations,
+    hooks and sharded weights are called instead.
+    """
+    if type(module) is not kind or "forward" in module.__dict__:
+        return False
+    hooked = (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+    own = (type(module.weight), type(module.bias)) == (nn.Parameter, nn.Parameter)
+    return own and not hooked
+
+
+def call(layer: nn.Module, x: Tensor | Cheap) -> Tensor:
+    """`layer(x)`, by `linear` where `layer` is a plain `nn.Linear`."""
+    if is_plain(layer, nn.Linear):
+        return linear(x, layer.weight, layer.bias)
+    return layer(materialise(x))
+
+
+def call_parts(layer: nn.Module, x: Tensor | Cheap, parts: int) -> tuple[Tensor, ...]:
+    """`layer(x).chunk(parts, -1)` as tensors of their own, by `linear_parts` where it is plain."""
+    if is_plain(layer, nn.Linear):
+        return linear_parts(x, layer.weight, layer.bias, parts)
+    return tuple(part.contiguous() for part in layer(materialise(x)).chunk(parts, -1))
+
+
+def call_gelu(layer: nn.Module, x: Tensor | Cheap) -> Tensor | Cheap:
+    """`gelu(layer(x))`, by `linear_gelu` where `layer` is plain."""
+    if is_plain(layer, nn.Linear):
+        return linear_gelu(x, layer.weight, layer.bias)
+    return Cheap(gelu, (layer(materialise(x)),))
 
 
 def linear(x: Tensor | Cheap, weight: Tensor, bias: Tensor) -> Tensor:
@@ -84,8 +130,8 @@ class _Linear(torch.autograd.Function):
         with torch.set_grad_enabled(recorded):
             x = _made(ctx.make, inputs, weight)
         dy = grads[0] if len(grads) == 1 else torch.cat(grads, -1)
-        dy = dy.flatten(0, -2)
-        dweight = dy.T @ x.detach().flatten(0, -2) if weight_needed else None
+        dy = dy.reshape(-1, dy.shape[-1])
+        dweight = dy.T @ x.detach().reshape(-1, x.shape[-1]) if weight_needed else None
         dbias = dy.sum(0) if bias_needed else None
         if not any(inputs_needed):
             return None, None, dweight, dbias, *([None] * len(inputs))
@@ -124,8 +170,11 @@ def _onednn(*arguments: Any) -> Tensor:
 def _onednn_serves(tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:
     """Whether the call outside any compiled graph is the better one."""
     eager_cpu = tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-    return eager_cpu and tensor.dtype in dtypes and torch.backends.mkldnn.is_available()
+    onednn = torch.backends.mkldnn
+    serves = eager_cpu and tensor.dtype in dtypes and onednn.is_available()
+    return serves and bool(onednn.enabled)
 
 
 def _autocast(tensor: Tensor) -> bool:
-    return torch.is_autocast_enabled(tensor.device.type)
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from fastvid.modules.linear import Cheap, linear, linear_gelu
+from fastvid.modules.linear import Cheap, call, call_gelu
 
 
 class MLP(nn.Module):
@@ -14,5 +14,4 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor | Cheap) -> Tensor:
-        hidden = linear_gelu(x, self.fc1.weight, self.fc1.bias)
-        return linear(hidden, self.fc2.weight, self.fc2.bias)
+        return call(self.fc2, call_gelu(self.fc1, x))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvid.functional import norm_modulate
-from fastvid.modules.linear import Cheap
+from fastvid.modules.linear import Cheap, is_plain
 
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Cheap:
@@ -20,9 +20,11 @@ def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Cheap:
     return Cheap(_modulated, (x, shift, scale))
 
 
-def normed(x: Tensor, norm: nn.LayerNorm) -> Cheap:
-    """The affine LayerNorm `norm` of x (..., D)."""
-    return Cheap(partial(_normed, eps=norm.eps), (x, norm.weight, norm.bias))
+def normed(x: Tensor, norm: nn.Module) -> Tensor | Cheap:
+    """The affine LayerNorm `norm` of x (..., D); made now where `norm` is wrapped or hooked."""
+    if is_plain(norm, nn.LayerNorm):
+        return Cheap(partial(_normed, eps=norm.eps), (x, norm.weight, norm.bias))
+    return norm(x)
 
 
 def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -46,6 +46,16 @@ def test_float32_rounds_no_worse_than_pytorch(rand):
         assert (got - reference).abs().max() <= 2 * (plain - reference).abs().max() + floor
 
 
+def test_a_single_row(rand):
+    x, weight, bias = (rand(*shape).requires_grad_() for shape in ((6,), (3, 6), (3,)))
+    y = linear(x, weight, bias)
+    torch.testing.assert_close(y, F.linear(x, weight, bias))
+    gradients = torch.autograd.grad(y, (x, weight, bias), torch.arange(3.0))
+    plain = torch.autograd.grad(F.linear(x, weight, bias), (x, weight, bias), torch.arange(3.0))
+    for got, expected in zip(gradients, plain, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 def test_frozen_parts_get_no_gradient(tensors):
     x, scale, weight, bias = tensors
     linear(Cheap(squared, (x.detach(), scale)), weight.detach(), bias).sum().backward()
