@@ -26,7 +26,7 @@ from fastvid.modules.embeddings import (
     sincos_table,
 )
 from fastvid.modules.hub import HubModel, load_strictly, read_weights, refuse_mismatch
-from fastvid.modules.linear import linear
+from fastvid.modules.linear import call
 from fastvid.modules.mlp import MLP
 from fastvid.modules.modulation import gated_residual, modulated, normed
 
@@ -57,6 +57,8 @@ class VDTConfig:
         for name in (*sizes, "num_classes"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be positive, got {value}")
+        if int(self.dim * self.mlp_ratio) < 1:
+            raise ValueError(f"mlp_ratio must be at least 1 / dim, got {self.mlp_ratio}")
         for name, divisor in (("height", self.patch), ("width", self.patch), ("dim", self.heads)):
             if (value := getattr(self, name)) % divisor:
                 raise ValueError(f"{name} must be a multiple of {divisor}, got {value}")
@@ -88,10 +90,9 @@ class Block(nn.Module):
         self.mlp = MLP(D, int(D * config.mlp_ratio))
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """`modulation` (B or 1, 6, D): shift, scale and gate of the spatial branch, of the MLP.
-
-        Where nothing is recorded for a backward, `x` itself is updated.
-        """
+        """`modulation` (B or 1, 6, D): shift, scale and gate of the spatial branch, of the MLP."""
+        if not torch.is_grad_enabled():
+            x = x.clone()  # updated below: the caller's, which hooks may hold, stays as it is
         rows = _rows_at_once(x)
         if rows is None:
             return self._per_frame(self._over_time(x), modulation)
@@ -116,7 +117,7 @@ def _rows_at_once(x: Tensor) -> int | None:
     """Tokens per sample of x that inference on a CPU takes at once: less memory, warmer caches."""
     if torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling():
         return None
-    return max(_ROWS // x.shape[0], 1)
+    return max(_ROWS // max(x.shape[0], 1), 1)
 
 
 _ROWS = 1024
@@ -149,6 +150,7 @@ class VDT(HubModel):
         if config.mode == "video":
             self.register_buffer("time", sincos_table(config.frames, D))
         self.reset_parameters()
+        self.register_state_dict_pre_hook(_refuse_to_save_folded)
 
     def reset_parameters(self) -> None:
         """Xavier for all but the label and timestep tables; every branch gate starts at zero."""
@@ -190,6 +192,8 @@ class VDT(HubModel):
         """
         given = 0
         if condition_frames is not None:
+            _expect_floats("latents", latents)
+            _expect_floats("condition_frames", condition_frames)
             _check_condition(condition_frames, latents)
             given = condition_frames.shape[2]
             latents = torch.cat([condition_frames, latents], dim=2)
@@ -206,22 +210,29 @@ class VDT(HubModel):
                 x = checkpoint(block, x, part, use_reentrant=False)
             else:
                 x = block(x, part)
-        x = linear(modulated(x, *last.unbind(1)), self.final.weight, self.final.bias)
+        x = call(self.final, modulated(x, *last.unbind(1)))
         height = latents.shape[3] // p
         x = rearrange(x, "b t (h w) (p q c) -> b c t (h p) (w q)", h=height, p=p, q=p)
         return (x[:, :, given:] if given else x).to(latents.dtype)
 
     def _positions(self, latents: Tensor) -> Tensor:
         T, H, W = (latents.shape[2], *(side // self.config.patch for side in latents.shape[3:]))
-        grid = self.position[:H, :W].flatten(0, 1)
-        return grid if self.config.mode == "image" else grid + self.time[:T, None]
+        # Gathered: a compiled graph would be made anew for slices of the whole table.
+        rows, columns, frames = (torch.arange(n, device=latents.device) for n in (H, W, T))
+        grid = self.position[rows[:, None], columns].flatten(0, 1)
+        return grid if self.config.mode == "image" else grid + self.time[frames, None]
 
     def _label(self, batch: int, labels: Tensor | None) -> Tensor:
         config = self.config
         if labels is None:
             labels = torch.zeros(1, dtype=torch.long, device=self.label.weight.device)
-        elif labels.is_floating_point() or labels.dtype == torch.bool:
-            raise TypeError(f"labels must be integers, got {labels.dtype}")
+        else:
+            _expect_integers("labels", labels, batch)
+            rows = self.label.num_embeddings
+            # Only a compiled graph and a GPU, which would have to wait, go unchecked.
+            checked = labels.device.type == "cpu" and not torch.compiler.is_compiling()
+            if checked and not ((labels >= 0) & (labels < rows)).all():
+                raise ValueError(f"labels must be 0 to {rows - 1}, got {labels.tolist()}")
         if self.training and config.drop_labels and config.class_dropout > 0:
             dropped = torch.rand(batch, device=labels.device) < config.class_dropout
             labels = torch.where(dropped, config.num_classes, labels)
@@ -229,6 +240,7 @@ class VDT(HubModel):
 
     def _check(self, latents: Tensor, timestep: Tensor, known: Tensor | None, given: int) -> None:
         config = self.config
+        _expect_floats("latents", latents)
         if latents.ndim != 5 or latents.shape[1] != config.channels:
             expected = f"(B, {config.channels}, T, H, W)"
             raise ValueError(f"latents must be {expected}, got {tuple(latents.shape)}")
@@ -244,14 +256,11 @@ class VDT(HubModel):
                     f"{name} of latents must be a multiple of {config.patch}, at most {limit}, "
                     f"got {size}"
                 )
-        if timestep.is_floating_point():
-            raise TypeError(f"timestep must be integers, got {timestep.dtype}")
-        if timestep.shape not in ((B,), (1,)):
-            raise ValueError(f"timestep must be ({B},) or (1,), got {tuple(timestep.shape)}")
+        _expect_integers("timestep", timestep, B)
         if known is not None:
             T -= given
-            if known.dtype != torch.bool:
-                raise TypeError(f"known must be bool, True where given, got {known.dtype}")
+            if not isinstance(known, Tensor) or known.dtype != torch.bool:
+                raise TypeError(f"known must be bool, True where given, got {_kind(known)}")
             if known.shape not in ((B, T), (B, T, H, W), (1, T), (1, T, H, W)):
                 expected = f"({B}, {T}) or ({B}, {T}, {H}, {W})"
                 raise ValueError(f"known must be {expected}, got {tuple(known.shape)}")
@@ -259,7 +268,8 @@ class VDT(HubModel):
     def fold(self) -> "VDT":
         """Merge `temporal_fc` into the projection before it, in place. For inference only.
 
-        The result is the same up to rounding and 1/17 cheaper; the weights can no longer be saved.
+        The result is the same up to rounding. It saves D^3 products per block in a call on many
+        tokens, D^2 per token in one on few; the weights can no longer be saved.
         """
         for attention in self._temporal():
             attention.fold()
@@ -316,18 +326,22 @@ class VDT(HubModel):
         }
         target = replace(
             config,
-            frames=frames or config.frames,
-            height=height or config.height,
-            width=width or config.width,
+            frames=config.frames if frames is None else frames,
+            height=config.height if height is None else height,
+            width=config.width if width is None else width,
         )
         rows, columns = target.height // target.patch, target.width // target.patch
         if own["position"].shape[:2] != (rows, columns):
-            own["position"] = resize_grid(own["position"].float(), rows, columns).contiguous()
+            table = own["position"]
+            own["position"] = resize_grid(table.float(), rows, columns).to(table.dtype).contiguous()
         if target.frames != config.frames:
-            stretched = resize_line(own["time"].float(), target.frames).contiguous()
-            own["time"] = (
-                stretched if time_interpolation else sincos_table(target.frames, config.dim)
+            table = own["time"]
+            times = (
+                resize_line(table.float(), target.frames)
+                if time_interpolation
+                else sincos_table(target.frames, config.dim)
             )
+            own["time"] = times.to(table.device, table.dtype).contiguous()
         with torch.device("meta"):
             model = cls(target)
         load_strictly(model, own)
@@ -347,13 +361,33 @@ class VDT(HubModel):
 
     def to_official_state_dict(self) -> dict[str, Tensor]:
         """The weights under the official names and in the official shapes, as copies."""
-        self._refuse_folded()
         own, official = self.state_dict(), {}
         for name, parts in _official_layout(self.config).items():
             pieces = own[name].flatten().split([math.prod(shape) for shape in parts.values()])
             for (part, shape), piece in zip(parts.items(), pieces, strict=True):
                 official[part] = piece.reshape(shape).clone()
         return official
+
+
+def _expect_floats(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {_kind(value)}")
+
+
+def _expect_integers(name: str, value: Any, batch: int) -> None:
+    if (
+        not isinstance(value, Tensor)
+        or value.dtype == torch.bool
+        or value.is_floating_point()
+        or value.is_complex()
+    ):
+        raise TypeError(f"{name} must be integers, as a tensor, got {_kind(value)}")
+    if value.shape not in ((batch,), (1,)):
+        raise ValueError(f"{name} must be ({batch},) or (1,), got {tuple(value.shape)}")
+
+
+def _kind(value: Any) -> Any:
+    return value.dtype if isinstance(value, Tensor) else type(value).__name__
 
 
 def _check_condition(frames: Tensor, latents: Tensor) -> None:
@@ -366,6 +400,11 @@ def _check_condition(frames: Tensor, latents: Tensor) -> None:
             "condition_frames must be like latents on all axes but time, "
             f"got {tuple(frames.shape)} beside {tuple(latents.shape)}"
         )
+
+
+def _refuse_to_save_folded(model: VDT, prefix: str, keep_vars: bool) -> None:
+    if not keep_vars:  # torch.export looks at the live tensors, and may
+        model._refuse_folded()
 
 
 VDT_S = VDTConfig(dim=384, depth=12, heads=6)  # S/2, 41.4 M parameters
