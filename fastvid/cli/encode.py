@@ -27,8 +27,9 @@ def main(argv: Sequence[str]) -> int:
 
     from fastvid.training.encode import encode_sets
 
-    for name, (clips, skipped) in encode_sets(config, own["out"]).items():
-        print(f"{own['out']}/{name}: {clips} clips", file=sys.stdout)
-        for path, reason in skipped.items():
-            print(f"  skipped {path}: {reason}", file=sys.stderr)
+    for name, (clips, report) in encode_sets(config, own["out"]).items():
+        files, *skipped = str(report).splitlines()
+        print(f"{own['out']}/{name}: {clips} clips from {files}")
+        for line in skipped:
+            print(f"  {line}", file=sys.stderr)
     return 0

@@ -11,6 +11,7 @@ from pathlib import Path
 from torch.utils.data import DataLoader, Dataset
 
 from fastvid.data.latents import LatentDataset, LatentWriter
+from fastvid.data.windows import Report
 from fastvid.training.batches import open_sets, to_latents
 from fastvid.training.codec import Codec, build_codec
 from fastvid.training.config import TrainConfig
@@ -19,11 +20,11 @@ from fastvid.training.distributed import World, join
 _PART = 256  # clips that an interruption can cost at most
 
 
-def encode_sets(config: TrainConfig, out: str | Path) -> dict[str, tuple[int, dict[str, str]]]:
+def encode_sets(config: TrainConfig, out: str | Path) -> dict[str, tuple[int, Report]]:
     """Write `out/train` and, where clips are held out, `out/validation` as latent folders.
 
     Returns:
-        by set: number of clips, and the files that were skipped with the reason.
+        by set: number of clips, and what became of its files, those skipped named with the reason.
     Raises:
         FileExistsError: a set is there already.
         ValueError: the config's clips are latents, or too few frames.
@@ -43,8 +44,7 @@ def encode_sets(config: TrainConfig, out: str | Path) -> dict[str, tuple[int, di
             if folder.exists():
                 raise FileExistsError(f"{folder} exists: choose another --out")
             count = _encode(dataset, folder, name, codec, config, world)
-            report = getattr(dataset, "report", None)
-            done[name] = count, report.bad if report else {}
+            done[name] = count, dataset.report  # type: ignore[attr-defined]
     return done
 
 

@@ -13,6 +13,7 @@ pytest.importorskip("tqdm")
 pytest.importorskip("av")
 
 from fastvid.data.synthetic import make_motion_clips
+from fastvid.data.video import read_clip, write_mp4
 from fastvid.training import encode
 
 
@@ -29,6 +30,7 @@ def command(tmp_path):
         "model.height": "4",
         "model.width": "4",
         "model.dim": "16",
+        "model.heads": "2",
         "model.depth": "1",
         "optim.batch": "2",
     }
@@ -90,13 +92,18 @@ def test_interrupted_encode_goes_on_and_writes_the_same(command, tmp_path, monke
         assert (one["path"], one["start"]) == (other["path"], other["start"])
 
 
-def test_bad_files_are_skipped_and_named(command, tmp_path, capsys):
+def test_bad_and_short_files_are_skipped_and_named(command, tmp_path, capsys):
     bad = tmp_path / "motion" / "clip-99999.mp4"
     good = sorted((tmp_path / "motion").glob("*.mp4"))
     shutil.copy(good[0], bad)
     bad.write_bytes(good[0].read_bytes()[:200])
+    short = tmp_path / "motion" / "clip-99998.mp4"
+    write_mp4(short, read_clip(good[0], 0, 3), 8)
     assert main(["encode", *command, "--out", str(tmp_path / "latents")]) == 0
     captured = capsys.readouterr()
-    assert f"skipped {bad}" in captured.err
+    assert f"bad: {bad}" in captured.err
+    assert f"too short: {short}: 3 frames" in captured.err
+    assert "1 bad" in captured.out
+    assert "1 too short" in captured.out
     sets = [LatentDataset(tmp_path / "latents" / name) for name in ("train", "validation")]
     assert sum(map(len, sets)) == 12

@@ -27,7 +27,7 @@ def test_what_a_killed_process_left_does_not_stop_the_next(config, tmp_path, mon
     (half / "latents-00000.safetensors").touch()
     monkeypatch.setattr(encode, "to_latents", original)
     done = encode.encode_sets(config(), tmp_path / "out")
-    for name, (count, skipped) in done.items():
+    for name, (count, report) in done.items():
         assert len(LatentDataset(tmp_path / "out" / name)) == count
-        assert skipped == {}
+        assert report.bad == {}
     assert sum(count for count, _ in done.values()) == 20  # two clips of 4 frames in each file of 8
