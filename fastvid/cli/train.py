@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from fastvid.cli._recipe import parse_recipe
 from fastvid.training.config import TrainConfig
@@ -26,7 +27,8 @@ where it runs:
 stopping and going on:
   SIGTERM, SIGINT (Ctrl-C) or SIGUSR1 end the run at its next step, after saving. --resume goes on,
   on any number of processes that divides optim.batch; the run's own config.yaml then takes the
-  place of the recipe. With nothing saved yet it starts at the beginning.
+  place of the recipe. With nothing saved yet it starts at the beginning. A stop at a step that
+  validates does so before it saves.
 
 exit status:
   0 finished, 1 failed, 2 not understood, 75 stopped by a signal and saved.
@@ -41,6 +43,7 @@ def main(argv: Sequence[str]) -> int:
     from fastvid.training.checkpoint import CheckpointError
     from fastvid.training.guard import NonFiniteError
     from fastvid.training.interrupt import Interrupted, RunBusyError
+    from fastvid.training.log import LogError
     from fastvid.training.loop import train
 
     try:
@@ -48,11 +51,23 @@ def main(argv: Sequence[str]) -> int:
     except Interrupted as stopped:
         print(f"fastvid train: {stopped}; go on with --resume", file=sys.stderr)
         return INTERRUPTED
-    except (CheckpointError, NonFiniteError, RunBusyError, VideoError) as error:
+    except (CheckpointError, LogError, NonFiniteError, RunBusyError, VideoError) as error:
         print(f"fastvid train: {error}", file=sys.stderr)
         return 1
-    print(f"{folder}: weights in model/best and model/last, curves in tb/, sheets in samples/")
+    print(f"{folder}: {_made(folder)}")
     return 0
+
+
+def _made(folder: Path) -> str:
+    """What a run has left, of what it may."""
+    places = {
+        "best weights": "model/best",
+        "last weights": "model/last",
+        "losses": "log.jsonl",
+        "curves": "tb",
+        "contact sheets": "samples",
+    }
+    return ", ".join(f"{what} in {at}" for what, at in places.items() if (folder / at).exists())
 
 
 def parse(argv: Sequence[str]) -> tuple[TrainConfig, bool]:

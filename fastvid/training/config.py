@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
+from fastvid.data.atomic import whole
 from fastvid.diffusion.tasks import TASKS
 from fastvid.models.vdt import VDTConfig
 
@@ -237,11 +238,17 @@ def check_latents(config: TrainConfig, channels: int, factor: int) -> None:
 
 
 def write_config(config: TrainConfig, path: Path) -> None:
-    """Write every value as YAML. `read_config` and `fastvid train --config` read it back."""
+    """Write every value as YAML. `read_config` and `fastvid train --config` read it back.
+
+    The file is replaced whole, and not touched where it says the same already.
+    """
     import yaml  # type: ignore[import-untyped]
 
     text = yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False)
-    path.write_text(text, encoding="utf-8")
+    if path.is_file() and path.read_text(encoding="utf-8") == text:
+        return
+    with whole(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def read_config(path: Path) -> TrainConfig:

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from fastvid.data.atomic import whole
+
+_log = logging.getLogger(__name__)
+
+
+class LogError(RuntimeError):
+    """A file that tells of the run could not be written; what was saved is untouched."""
 
 
 class Log:
@@ -26,10 +37,12 @@ class Log:
             return
         from tqdm import tqdm
 
-        self.path = folder / "log.jsonl"
-        _drop_after(self.path, step)
-        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
-        self.board = _board(folder / "tb", step)
+        self.path, self.events = folder / "log.jsonl", folder / "tb"
+        with writing(self.path):
+            _drop_after(self.path, step)
+            self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+        with writing(self.events):
+            self.board = _board(self.events, step)
         self.bar = tqdm(
             total=steps,
             initial=step,
@@ -51,13 +64,15 @@ class Log:
     def numbers(self, kind: str, step: int, **numbers: float) -> None:
         self.line(kind, step, **numbers)
         if self.enabled and self.board:
-            for name, value in numbers.items():
-                self.board.add_scalar(f"{kind}/{name}", value, step)
+            with writing(self.events):
+                for name, value in numbers.items():
+                    self.board.add_scalar(f"{kind}/{name}", value, step)
 
     def line(self, kind: str, step: int, **values: Any) -> None:
         if self.enabled:
-            self.file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
-            self.file.flush()
+            with writing(self.path):
+                self.file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+                self.file.flush()
 
     def say(self, text: str) -> None:
         if self.enabled:
@@ -71,7 +86,8 @@ class Log:
 
             with Image.open(path) as image:
                 pixels = np.asarray(image.convert("RGB"))
-            self.board.add_image(name, pixels, step, dataformats="HWC")
+            with writing(self.events):
+                self.board.add_image(name, pixels, step, dataformats="HWC")
 
     def advance(self) -> None:
         if self.enabled:
@@ -79,21 +95,45 @@ class Log:
 
     def close(self) -> None:
         if self.enabled:
-            self.file.close()
             self.bar.close()
+            with writing(self.path):
+                self.file.close()
             if self.board:
-                self.board.close()
+                with writing(self.events):
+                    self.board.close()
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name `path` where the file system refuses: its own message names no file when a disk is full.
+
+    Raises:
+        LogError: in place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise LogError(
+            f"could not write {path}: {error}; make room, then go on from the last checkpoint"
+        ) from error
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log; a last line cut short by a crash is left out."""
-    lines = []
+    """The lines of a run's log; a last line cut short by a crash is left out.
+
+    Any other damaged line is left out with a warning.
+    """
     path = folder / "log.jsonl"
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    if not path.is_file():
+        return []
+    lines = []
+    texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, text in enumerate(texts, start=1):
         try:
             lines.append(json.loads(text))
         except ValueError:
-            break
+            if number < len(texts):
+                _log.warning("%s: line %d is damaged and left out", path, number)
     return lines
 
 
@@ -109,7 +149,8 @@ def peak_memory() -> int:
 def _drop_after(path: Path, step: int) -> None:
     lines = [line for line in read_log(path.parent) if line["step"] <= step]
     if path.exists():
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        with whole(path) as part:
+            part.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 def _board(folder: Path, step: int) -> Any:

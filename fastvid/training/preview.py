@@ -12,6 +12,7 @@ from fastvid.diffusion.schedule import Schedule, respace
 from fastvid.training.codec import Codec
 from fastvid.training.config import TrainConfig
 from fastvid.training.distributed import World
+from fastvid.training.log import writing
 from fastvid.training.sheets import Row, save_contact_sheet
 from fastvid.training.validate import fixed_clips
 
@@ -51,4 +52,5 @@ def save_preview(
     ):
         rows += [Row("clip", filmed.cpu()), Row(task, drawn.cpu(), known)]
     title = f"{path.stem}, {len(short)} DDIM steps"
-    save_contact_sheet(path, rows, title=title)
+    with writing(path):
+        save_contact_sheet(path, rows, title=title)

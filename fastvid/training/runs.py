@@ -10,7 +10,6 @@ lock                       held while a process trains here
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,9 +38,7 @@ def export(folder: Path, config: TrainConfig, weights: dict[str, Tensor]) -> Non
     model.load_state_dict(weights, assign=True)
     try:
         model.save_pretrained(folder)
-        scratch = folder / ".config.yaml"
-        write_config(config, scratch)
-        os.replace(scratch, folder / "config.yaml")
+        write_config(config, folder / "config.yaml")
     except (OSError, SafetensorError) as error:
         nbytes = sum(value.nbytes for value in weights.values())
         raise CheckpointError(

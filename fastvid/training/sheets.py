@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastvid.data.atomic import whole
+
 GIVEN = (230, 112, 0)  # outline of what the model was shown: orange, told apart by the colour-blind
 _INK, _PAPER = (32, 32, 32), (255, 255, 255)
 _GAP, _LINE, _FONT = 6, 4, 15  # pixels: between frames, of the outline, of the letters
@@ -49,8 +51,8 @@ def save_contact_sheet(
     cells = [[_frame(row, t, cell) for t in shown] for row in rows]
     sheet = _grid(cells, [row.label for row in rows], [str(t) for t in shown], title)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    with whole(path) as part:
+        sheet.save(part, format="PNG")
     return path
 
 
@@ -100,8 +102,8 @@ def save_curves(
     axes.set_axisbelow(True)
     axes.legend(frameon=False)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with whole(path) as part:
+        figure.savefig(part, format="png")
     return path
 
 

@@ -108,13 +108,25 @@ def test_printed_config_is_one_that_can_be_read(tiny, capsys):
 
 def test_run_and_resume_by_the_runs_own_config(tiny, tmp_path, capsys):
     assert main(["train", "vdt-demo", "--config", str(tiny)]) == 0
-    assert str(tmp_path / "run") in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    places = ("model/best", "model/last", "log.jsonl", "samples")
+    assert printed.startswith(f"{tmp_path / 'run'}: ")
+    assert all(f"in {place}" in printed for place in places)
     assert main(["train", "vdt-demo", "--config", str(tiny)]) == 1
     assert "--resume" in capsys.readouterr().err
     folder = str(tmp_path / "run")
     again = ["train", "vdt-demo", "--run.folder", folder, "--resume", "--run.steps", "4"]
     assert main(again) == 0  # neither the file nor its values are named again
     assert (tmp_path / "run" / "checkpoints" / "step-00000004").is_dir()
+
+
+def test_only_what_was_made_is_told(tiny, capsys):
+    alone = ["--data.validation_share", "0"]  # nothing held out: no best weights, no samples
+    assert main(["train", "vdt-demo", "--config", str(tiny), *alone]) == 0
+    printed = capsys.readouterr().out
+    assert "model/last" in printed
+    assert "model/best" not in printed
+    assert "samples" not in printed
 
 
 def test_missing_data_is_one_line_and_no_folder(tiny, tmp_path, capsys):
