@@ -114,17 +114,20 @@ def load_state(
     *,
     optional: Collection[str] = (),
     world: World = ALONE,
+    verified: bool = False,
 ) -> dict[str, Any]:
     """Fill `tensors` in place from a checkpoint and return its state. Every rank calls this.
 
     The world may have another size than the one that saved. Names in `optional` stay as they are
-    when the checkpoint lacks them.
+    when the checkpoint lacks them. `verified` says that `verify` or `latest` has just read it: the
+    files, which may be many gigabytes, are not hashed again.
 
     Raises:
         CheckpointError: a file is missing, shorter or changed, a tensor is missing or has another
             shape, or the folder holds anything but tensors. The message names which.
     """
-    on_first(world, lambda: verify(path))
+    if not verified:
+        on_first(world, lambda: verify(path))
     try:
         reader = TensorReader(path)
         wanted = {n: t for n, t in tensors.items() if n in reader.shapes or n not in optional}
@@ -196,10 +199,15 @@ def latest(folder: Path) -> Path | None:
     return None
 
 
-def prune(folder: Path, keep: int, best: int | None = None) -> None:
-    """Delete all but the newest `keep` checkpoints and that of step `best`."""
-    for step, path in list(checkpoints(folder).items())[:-keep]:
-        if step != best:
+def prune(folder: Path, step: int, keep: int, best: int | None = None) -> None:
+    """Delete all but the newest `keep` checkpoints up to `step`, just saved, and that of `best`.
+
+    Later ones go too: the run passed them over as damaged, or it would be further on.
+    """
+    found = checkpoints(folder)
+    kept = {*[number for number in found if number <= step][-keep:], best}
+    for number, path in found.items():
+        if number not in kept:
             # Renamed first: a deletion cut short must not leave a damaged checkpoint.
             doomed = path.with_name(path.name + ".tmp")
             path.rename(doomed)

@@ -17,7 +17,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Interrupted(RuntimeError):
-    """A signal ended the run early, after its state was saved."""
+    """A signal or `stop_at` ended the run early, after its state was saved."""
 
 
 class RunBusyError(RuntimeError):
@@ -61,15 +61,12 @@ def stop_on_signal() -> Iterator[StopRequest]:
 
 
 @contextmanager
-def locked(folder: Path, *, enabled: bool = True) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Hold the run folder's lock; the system lets go of it when the process ends, however it does.
 
     Raises:
         RunBusyError: another process holds it; names its pid and host.
     """
-    if not enabled:
-        yield
-        return
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "a+", encoding="utf-8") as file:
         try:

@@ -37,6 +37,7 @@ def train(config: TrainConfig, *, resume: bool = False, stop_at: int = 0) -> Pat
         Interrupted: a signal came, or step `stop_at`; the state was saved first.
         NonFiniteError: NaN or infinity, see `run.on_nonfinite`.
         CheckpointError: the state could not be saved, or no checkpoint is sound.
+        LogError: the log, TensorBoard's file or a contact sheet could not be written.
         RunBusyError: another process trains in this folder.
     """
     with (
@@ -68,13 +69,13 @@ def _loop(run: Run, state: TrainState, stop: StopRequest, stop_at: int) -> None:
         last, best = state.step == every.steps, False
         if last or _due(state.step, every.log_every):
             run.log.steps(state.step, **state.means(), lr=lr)
-        if run.held_out is not None and not verdict.stop:
-            if last or _due(state.step, every.validate_every):
-                best = _validate(run, state)
-            if last or _due(state.step, every.sample_every):
-                _preview(run, state)
+        # A stop does not leave it out: a resumed run starts at the next step.
+        if run.held_out is not None and (last or _due(state.step, every.validate_every)):
+            best = _validate(run, state)
         if last or best or verdict.stop or _due(state.step, every.save_every):
             _keep(run, state, best=best)
+        if run.held_out is not None and (last or _due(state.step, every.sample_every)):
+            _preview(run, state)
         if verdict.stop and not last:
             raise Interrupted(f"stopped at step {state.step}, after saving it")
 
@@ -143,7 +144,8 @@ def _keep(run: Run, state: TrainState, *, best: bool) -> None:
     def write() -> None:
         for name in ("last", "best") if best else ("last",):
             export(run.folder / "model" / name, run.config, weights)
-        prune(run.folder / "checkpoints", run.config.run.keep, state.best.get("step"))
+        best_step = state.best.get("step")
+        prune(run.folder / "checkpoints", state.step, run.config.run.keep, best_step)
 
     on_first(state.world, write)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset
@@ -18,7 +19,7 @@ from fastvid.training.codec import Codec, build_codec
 from fastvid.training.config import TrainConfig, check_latents, read_config, write_config
 from fastvid.training.distributed import World, on_first, total
 from fastvid.training.interrupt import locked
-from fastvid.training.log import Log
+from fastvid.training.log import Log, writing
 from fastvid.training.state import TrainState, load, new_state, seed_everything
 
 
@@ -40,7 +41,7 @@ def prepared(config: TrainConfig, world: World, resume: bool) -> Iterator[tuple[
     """A run ready for its next step, with its folder locked and its log open."""
     _check_world(config, world)
     folder = Path(config.run.folder)
-    on_first(world, lambda: _check_folder(folder, config, resume))
+    on_first(world, lambda: _check_folder(folder, config, resume))  # refuses before long work
     schedule = build_schedule(config.diffusion)
     codec = build_codec(config.codec).to(world.device)
     check_latents(config, codec.channels, codec.factor)
@@ -49,29 +50,39 @@ def prepared(config: TrainConfig, world: World, resume: bool) -> Iterator[tuple[
     torch.manual_seed(config.run.seed)  # first weights are the same on every rank
     state = new_state(config, build_model(config), world)
     seed_everything(config.run.seed, world)
-    with locked(folder, enabled=world.first):
-        start = on_first(world, lambda: _newest(folder) if resume else None)
+    with ExitStack() as stack:
+
+        def enter() -> Path | None:
+            stack.enter_context(locked(folder))
+            _check_folder(folder, config, resume)  # again: another process may have come first
+            return _newest(folder) if resume else None
+
+        start = on_first(world, enter)
         # Only rank 0 looked; step 0 is never saved, so 0 says there is none.
         step = int(total([_step(start)], world).item())
+        if step > config.run.steps:
+            raise ValueError(
+                f"run.steps must be at least {step}, where {folder} stands, got {config.run.steps}"
+            )
         if step:
             load(state, folder / "checkpoints" / f"step-{step:08d}", config.run.seed)
-        if world.first:
-            write_config(config, folder / "config.yaml")
-        log = Log(
-            folder,
-            step=state.step,
-            steps=config.run.steps,
-            samples=config.optim.batch,
-            enabled=world.first,
-        )
-        try:
-            if step:
-                log.say(f"continuing {folder} at step {step}")
-            _say_skipped(log, train, held_out)
-            yield Run(config, folder, codec, schedule, train, held_out, log), state
-        finally:
-            _say_skipped(log, train, held_out)  # once more: damage is also met on the way
-            log.close()
+
+        def open_log(enabled: bool = True) -> Log:
+            size, steps = config.optim.batch, config.run.steps
+            return Log(folder, step=state.step, steps=steps, samples=size, enabled=enabled)
+
+        def begin() -> Log:
+            with writing(folder / "config.yaml"):
+                write_config(config, folder / "config.yaml")
+            return open_log()
+
+        log = on_first(world, begin) or open_log(enabled=False)
+        stack.callback(log.close)
+        if step:
+            log.say(f"continuing {folder} at step {step}")
+        _say_skipped(log, train, held_out)
+        stack.callback(_say_skipped, log, train, held_out)  # damage is also met on the way
+        yield Run(config, folder, codec, schedule, train, held_out, log), state
 
 
 def _say_skipped(log: Log, train: Dataset, held_out: Dataset | None) -> None:
@@ -91,7 +102,7 @@ def _check_world(config: TrainConfig, world: World) -> None:
 
 
 def _check_folder(folder: Path, config: TrainConfig, resume: bool) -> None:
-    """Refuse to train over another run, or to resume as another model."""
+    """Refuse to train over another run, or to resume as another run than it was."""
     saved = folder / "config.yaml"
     if not saved.exists():
         return
@@ -99,15 +110,28 @@ def _check_folder(folder: Path, config: TrainConfig, resume: bool) -> None:
         raise ValueError(
             f"{folder} holds a run: continue it with --resume, or choose another run.folder"
         )
-    before = read_config(saved)
-    for part in ("model", "codec", "diffusion"):
-        old, new = getattr(before, part), getattr(config, part)
-        changed = [name for name in vars(old) if getattr(old, name) != getattr(new, name)]
-        if changed:
+    before, now = _lasting(read_config(saved)), _lasting(config)
+    for name, value in now.items():
+        if before[name] != value:
             raise ValueError(
-                f"{part}.{changed[0]} was {getattr(old, changed[0])!r} in {folder}, got "
-                f"{getattr(new, changed[0])!r}: a run goes on with what it began with"
+                f"{name} was {before[name]!r} in {folder}, got {value!r}: a run goes on with what "
+                "it began with; undo the change, or choose another run.folder"
             )
+
+
+def _lasting(config: TrainConfig) -> dict[str, Any]:
+    """What no resume may change: the model, and which clips and draws every step takes."""
+    values = {
+        f"{part}.{name}": value
+        for part in ("model", "data", "codec", "diffusion")
+        for name, value in vars(getattr(config, part)).items()
+        if (part, name) not in {("data", "workers"), ("data", "cache")}  # speed alone
+    }
+    return values | {
+        "run.seed": config.run.seed,
+        "optim.batch": config.optim.batch,
+        "optim.ema": "on" if config.optim.ema else "off",
+    }
 
 
 def _newest(folder: Path) -> Path | None:

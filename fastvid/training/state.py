@@ -132,12 +132,14 @@ def save(state: TrainState, folder: Path, config: TrainConfig) -> Path:
 
 
 def load(state: TrainState, path: Path, seed: int) -> None:
-    """Continue from a checkpoint, in place; see `load_state`."""
+    """Continue from a checkpoint that `latest` has found sound, in place; see `load_state`."""
     # Ranks that did not exist when it was saved keep these fresh random states.
     step = int(path.name.removeprefix("step-"))
     seed_everything(seed, state.world, step)
     random = _random_states(state.world)
-    values = load_state(path, _tensors(state) | random, optional=random, world=state.world)
+    values = load_state(
+        path, _tensors(state) | random, optional=random, world=state.world, verified=True
+    )
     torch.set_rng_state(random[f"random.cpu.{state.world.rank}"])
     if state.world.device.type == "cuda":
         torch.cuda.set_rng_state(random[f"random.cuda.{state.world.rank}"])

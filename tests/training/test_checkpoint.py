@@ -77,8 +77,19 @@ def test_optional_tensors_may_be_absent_and_others_may_not(saved):
 def test_prune_keeps_the_newest_and_the_best(tmp_path):
     for step in (1, 2, 3, 4):
         save_state(tmp_path, step, {"x": torch.ones(1)}, {})
-    prune(tmp_path, keep=2, best=1)
+    prune(tmp_path, 4, keep=2, best=1)
     assert list(checkpoints(tmp_path)) == [1, 3, 4]
+
+
+def test_prune_keeps_what_was_just_saved_over_damaged_later_ones(tmp_path):
+    for step in (2, 5, 10):
+        save_state(tmp_path, step, {"x": torch.ones(1)}, {})
+    (tmp_path / "step-00000010" / "state.json").write_text("damaged")
+    assert latest(tmp_path) == tmp_path / "step-00000005"
+    save_state(tmp_path, 7, {"x": torch.ones(1)}, {})
+    prune(tmp_path, 7, keep=1, best=2)
+    assert list(checkpoints(tmp_path)) == [2, 7]
+    assert latest(tmp_path) == tmp_path / "step-00000007"
 
 
 @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "state.json", "manifest.json"])
@@ -251,7 +262,7 @@ for _ in range(kills):
         while True:
             step += 1
             save_state(folder, step, made(step), {"step": step})
-            prune(folder, keep=2)
+            prune(folder, step, keep=2)
     time.sleep(rng.uniform(0.02, 0.2))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)

@@ -1,27 +1,27 @@
 """The run as a whole: resuming, the NaN guard, stopping, the lock."""
 
-import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastvid.training import loop
-from fastvid.training.checkpoint import CheckpointError, checkpoints
-from fastvid.training.config import OptimConfig
+from fastvid.training import checkpoint, loop, setup
+from fastvid.training.checkpoint import checkpoints
+from fastvid.training.config import OptimConfig, write_config
 from fastvid.training.distributed import World
 from fastvid.training.guard import NonFiniteError
 from fastvid.training.interrupt import Interrupted, RunBusyError, locked
 from fastvid.training.log import read_log
 from fastvid.training.loop import train
 from fastvid.training.runs import load_run, summarize
-from fastvid.training.state import learning_rate
+from fastvid.training.state import learning_rate, new_state
 from fastvid.training.tensors_only import TensorReader
 
 pytest.importorskip("tqdm")
@@ -240,49 +240,95 @@ def test_second_trainer_is_refused_and_a_dead_one_is_not_in_the_way(config, tmp_
         pass
 
 
+def test_folder_is_looked_at_again_under_the_lock(config, tmp_path, monkeypatch):
+    made = config()
+
+    def meanwhile(*args):  # another process trains and ends while this one builds its model
+        write_config(made, tmp_path / "run" / "config.yaml")
+        return new_state(*args)
+
+    monkeypatch.setattr(setup, "new_state", meanwhile)
+    with pytest.raises(ValueError, match="holds a run"):
+        train(made)
+
+
 def test_another_run_in_the_folder_is_refused(config):
     train(config(steps=1))
     with pytest.raises(ValueError, match="--resume"):
         train(config(steps=2))
-    with pytest.raises(ValueError, match=r"model\.dim was 16 .* got 32"):
-        train(config(dim=32), resume=True)
+
+
+def test_resume_as_another_run_is_refused_by_name(config):
+    folder = train(config(steps=2))
+    before = {path: path.read_bytes() for path in folder.rglob("*.*") if path.is_file()}
+    for change, message in (
+        ({"dim": 32}, r"model\.dim was 16 .* got 32"),
+        ({"seed": 1}, r"run\.seed was 0 .* got 1"),
+        ({"batch": 2}, r"optim\.batch was 4 .* got 2"),
+        ({"ema": 0.0}, r"optim\.ema was 'on' .* got 'off'"),
+        ({"hflip": True}, r"data\.hflip was False .* got True"),
+        ({"split_seed": 1}, r"data\.split_seed was 0 .* got 1"),
+        ({"prediction": "v"}, r"diffusion\.prediction was 'x0' .* got 'v'"),
+        ({"steps": 1}, r"run\.steps must be at least 2, where .* got 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(config(**{"steps": 3} | change), resume=True)
+    assert before == {path: path.read_bytes() for path in folder.rglob("*.*") if path.is_file()}
+
+
+def test_what_changes_no_clip_may_change_at_a_resume(config):
+    folder = train(config(steps=2))
+    train(config(steps=3, workers=1, cache=True, lr=2e-3, ema=0.8, save_every=1), resume=True)
+    assert read_log(folder)[-1]["step"] == 3
 
 
 def test_resume_passes_over_a_damaged_checkpoint_and_refuses_when_none_is_left(config, caplog):
-    made = config(save_every=2)
+    made = config(save_every=2, steps=6)
     folder = train(made)
-    (folder / "checkpoints" / "step-00000004" / "state.json").write_text("{}")
-    train(replace(made, run=replace(made.run, steps=5)), resume=True)
+    assert list(checkpoints(folder / "checkpoints")) == [4, 6]
+    (folder / "checkpoints" / "step-00000006" / "state.json").write_text("{}")
+    longer = replace(made, run=replace(made.run, steps=7, keep=1))
+    with pytest.raises(Interrupted):
+        train(longer, resume=True, stop_at=5)
     assert "state.json" in caplog.text
-    assert read_log(folder)[-1]["step"] == 5
+    assert list(checkpoints(folder / "checkpoints")) == [5]
+    train(longer, resume=True)
+    assert read_log(folder)[-1]["step"] == 7
     for path in checkpoints(folder / "checkpoints").values():
         (path / "state.json").unlink()
     with pytest.raises(RuntimeError, match=r"state\.json is missing"):
-        train(made, resume=True)
+        train(longer, resume=True)
 
 
-def test_full_disk_while_weights_are_written_is_told(config, tmp_path, monkeypatch):
-    from fastvid.models.vdt import VDT
-
-    def full(*args, **kwargs):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
+def test_resume_hashes_its_checkpoint_once(config, monkeypatch):
     made = config(steps=2)
     train(made)
-    before = (tmp_path / "run" / "model" / "last" / "model.safetensors").read_bytes()
-    monkeypatch.setattr(VDT, "_save_pretrained", full)
-    longer = replace(made, run=replace(made.run, steps=3))
-    with pytest.raises(CheckpointError, match=r"bytes of weights .*last.*No space left"):
-        train(longer, resume=True)
-    folder = tmp_path / "run" / "model" / "last"
-    assert (folder / "model.safetensors").read_bytes() == before
-    assert {path.name for path in folder.iterdir()} == {
-        "README.md",
-        "config.json",
-        "config.yaml",
-        "model.safetensors",
-    }
-    assert list(checkpoints(tmp_path / "run" / "checkpoints")) == [2, 3]
+    hashed, digests = [], checkpoint._digests
+    monkeypatch.setattr(
+        checkpoint, "_digests", lambda path, names: hashed.append(path.name) or digests(path, names)
+    )
+    train(made, resume=True)
+    assert hashed == ["step-00000002"]
+
+
+@pytest.mark.parametrize(("how", "step"), [("signal", 2), ("stop_at", 4), ("signal", 5)])
+def test_stop_at_a_step_that_validates_leaves_nothing_out(config, tmp_path, monkeypatch, how, step):
+    same = {"validate_every": 2, "sample_every": 2, "steps": 5, "lr": 3e-3}
+    straight, cut = tmp_path / "straight", tmp_path / "cut"
+    train(config(folder=str(straight), **same))
+    made = config(folder=str(cut), **same)
+    if how == "signal":
+        stop_at(monkeypatch, step)
+    with nullcontext() if step == 5 else pytest.raises(Interrupted, match=f"step {step}"):
+        train(made, stop_at=step if how == "stop_at" else 0)
+    monkeypatch.undo()
+    train(made, resume=True)
+    assert_same_run(straight, cut, 5)
+    for name in ("model/best/model.safetensors", "model/last/model.safetensors"):
+        assert (cut / name).read_bytes() == (straight / name).read_bytes()
+    for folder in (straight, cut):
+        sheets = sorted(path.name for path in (folder / "samples").iterdir())
+        assert sheets == [f"step-0000000{n}.png" for n in (2, 4, 5)]
 
 
 def test_processes_must_share_the_batch_evenly(config):
