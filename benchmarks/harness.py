@@ -255,26 +255,42 @@ def _rotating(case: Case, device: torch.device) -> list[tuple[Tensor, ...]]:
 
 
 def judge(case: Case, inputs: tuple[Tensor, ...]) -> Callable[[Any], dict[str, Any]]:
-    """Compare a result with the oracle: twice eager's error, and one rounding, are allowed."""
+    """Compare a result with the oracle by the budget of the tests.
+
+    The largest error may be twice eager's and the root mean square 1.2 times eager's, both with a
+    rounding of the result on top; errors are relative to the largest value.
+    """
     exact = _tensors(case.oracle(*(tensor.double() for tensor in inputs))())
     eager = _tensors(case.rivals["eager"](*inputs)())
-    size = [max(t.abs().max().item(), 1e-30) for t in exact]
-
-    def errors(found):
-        pairs = zip(found, exact, size, strict=True)
-        return [((a.double() - b).abs().max() / s).item() for a, b, s in pairs]
-
     allowed = [
-        2 * error + torch.finfo(tensor.dtype).eps
-        for error, tensor in zip(errors(eager), eager, strict=True)
+        (2 * largest + eps * size.abs().max().item(), 1.2 * typical + eps / 4 * _rms(size))
+        for tensor, size in zip(eager, exact, strict=True)
+        for largest, typical in [_errors(tensor, size)]
+        for eps in [torch.finfo(tensor.dtype).eps]
     ]
 
     def worth(result):
-        found = errors(_tensors(result))
-        good = all(error <= limit for error, limit in zip(found, allowed, strict=True))
-        return {"error": max(found), "match": good}
+        found = [_errors(*pair) for pair in zip(_tensors(result), exact, strict=True)]
+        good = all(
+            a <= b
+            for own, limits in zip(found, allowed, strict=True)
+            for a, b in zip(own, limits, strict=True)
+        )
+        sizes = [max(tensor.abs().max().item(), 1e-30) for tensor in exact]
+        error = max(largest / size for (largest, _), size in zip(found, sizes, strict=True))
+        return {"error": error, "match": good}
 
     return worth
+
+
+def _errors(found: Tensor, exact: Tensor) -> tuple[float, float]:
+    """The largest error and the root mean square."""
+    error = found.double() - exact
+    return error.abs().max().item(), _rms(error)
+
+
+def _rms(tensor: Tensor) -> float:
+    return tensor.square().mean().sqrt().item()
 
 
 def _tensors(result: Any) -> list[Tensor]:

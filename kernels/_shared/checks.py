@@ -13,7 +13,8 @@ def expect_shape(
 
     Args:
         name: the argument as its caller spells it.
-        layout: one word per axis: a letter, a number, or `B|1` for a size that may broadcast.
+        layout: one word per axis: a letter, a number, or `B|1` for a size that may broadcast: 1,
+            or B where `sizes` has settled it (else any size, which becomes B).
         sizes: sizes that are settled already; a letter found there must agree.
     Returns:
         `sizes` and the letters that `layout` adds.
