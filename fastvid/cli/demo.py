@@ -24,8 +24,13 @@ RIVALS = {  # what the model's mean has to beat, by task: rows of the scores, in
     },
 }
 CLIPS, HELD_OUT, LENGTH = 800, 32, 32  # motion clips to train on and to hold out, frames of each
-RADIUS, SPEED = (0.12, 0.2), (0.07, 0.12)  # of the shapes, in sides of the picture, per frame
-SPIN, TEXTURE = 0.05, 0.3  # radians per frame; strength of the background's pattern
+MOTION: dict[str, Any] = {  # between two given frames a shape moves by about its own size
+    "shapes": (2, 3),
+    "radius": (0.12, 0.2),  # in sides of the picture
+    "speed": (0.07, 0.12),  # the same, per frame
+    "spin": 0.05,
+    "texture": 0.3,
+}
 SCORED, SHOWN = 96, 4  # held-out windows that are scored, and that are drawn, at most
 DDIM_STEPS = 50
 FPS = 4.0  # of the pictures: slow enough to see each frame
@@ -45,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     from fastvid.training.runs import load_run
 
     options = _parser().parse_args(argv)
-    out = Path(options.out or ("runs/demo-dry" if options.dry_run else "runs/demo"))
+    out = Path(options.out or default_out(options.data, options.dry_run))
     config = demo_config(out, data=options.data, steps=options.steps, dry_run=options.dry_run)
     steps = 4 if options.dry_run else DDIM_STEPS
     seconds: dict[str, float] = {}
@@ -82,6 +87,12 @@ def main(argv: Sequence[str]) -> int:
     return 1
 
 
+def default_out(data: str | None, dry_run: bool) -> str:
+    """A folder for each source of clips: a run goes on with the clips it began with."""
+    source = f"-{Path(data).resolve().name}" if data else ""
+    return f"runs/demo{source}{'-dry' if dry_run else ''}"
+
+
 def demo_config(
     out: Path, *, data: str | None = None, steps: int | None = None, dry_run: bool = False
 ) -> "TrainConfig":
@@ -90,7 +101,8 @@ def demo_config(
 
     config = RECIPES["vdt-demo"]()
     if data:
-        sets = replace(config.data, train=data, validation="", validation_share=0.1)
+        # Neighbouring frames of footage hardly differ: every other one makes the task worth it.
+        sets = replace(config.data, train=data, validation="", validation_share=0.2, stride=2)
     else:
         clips = out / "clips"
         sets = replace(config.data, train=str(clips / "train"), validation=str(clips / "held-out"))
@@ -118,20 +130,17 @@ def make_clips(folder: Path, *, dry_run: bool = False) -> None:
             frames=LENGTH,
             size=32,
             seed=seed,
-            radius=RADIUS,
-            speed=SPEED,
-            spin=SPIN,
-            texture=TEXTURE,
+            **MOTION,
         )
 
 
-def train_with_a_stop(config: "TrainConfig") -> int:
+def train_with_a_stop(config: "TrainConfig") -> int | None:
     """Train to the end, but stop halfway as a signal would, and resume from the checkpoint.
 
     A run that an earlier call left unfinished goes on; a finished one is kept as it is.
 
     Returns:
-        the step of the stop.
+        the step of the stop, or None where this call made none.
     """
     from fastvid.training.checkpoint import checkpoints
     from fastvid.training.interrupt import Interrupted
@@ -145,7 +154,8 @@ def train_with_a_stop(config: "TrainConfig") -> int:
             raise  # somebody else's signal
         print(f"Stopped on purpose at step {halfway}; resuming from the checkpoint.", flush=True)
         train(config, resume=True)
-    return halfway
+        return halfway
+    return None
 
 
 def windows(held_out: Any, most: int) -> Tensor:
@@ -260,8 +270,8 @@ def draw_task(
     write_gif(out / f"{task}.gif", moving, FPS)
 
 
-def draw_losses(path: Path, run: Path, stopped: int) -> None:
-    """The losses in a run's log as one picture, with the step at which it was resumed."""
+def draw_losses(path: Path, run: Path, stopped: int | None) -> None:
+    """The losses in a run's log as one picture, with the step at which it was resumed, if any."""
     from fastvid.training.log import read_log
     from fastvid.training.sheets import save_curves
 
@@ -271,21 +281,28 @@ def draw_losses(path: Path, run: Path, stopped: int) -> None:
             steps, losses = curves.setdefault(line["kind"], ([], []))
             steps.append(line["step"])
             losses.append(line["loss"])
-    save_curves(path, curves, title="vdt-demo: loss", marks={"stopped and resumed": stopped})
+    marks = {} if stopped is None else {"stopped and resumed": stopped}
+    save_curves(path, curves, title="vdt-demo: loss", marks=marks)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastvid demo", description=__doc__)
     add = parser.add_argument
     add("--data", metavar="FOLDER", help="train on the videos in it; the comparison is only shown")
-    add("--steps", type=int, metavar="N", help="optimiser steps, in place of the recipe's")
+    add("--steps", type=_count, metavar="N", help="optimiser steps, in place of the recipe's")
     add(
         "--dry-run",
         action="store_true",
         help="the same in a few steps; the comparison is only shown",
     )
-    add("--out", metavar="DIR", help="[runs/demo, or runs/demo-dry]")
+    add("--out", metavar="DIR", help="[runs/demo, with the name of FOLDER and -dry added]")
     return parser
+
+
+def _count(text: str) -> int:
+    if (count := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {count}")
+    return count
 
 
 @contextmanager
