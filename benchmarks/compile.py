@@ -14,8 +14,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastvid.kernels._shared.variants import Variant
 
@@ -99,28 +102,43 @@ def widened(found: dict[str, int], budget: dict[str, int] | None) -> dict[str, i
     return {key: (max if key in MOST else min)(found[key], budget[key]) for key in found}
 
 
-def check_room(room: str, architectures: tuple[str, ...], update: bool) -> bool:
-    """Compile a room, print a row per compilation, and say whether all are within budget."""
+class Compilation(NamedTuple):
+    """One variant for one architecture; `found` is None where nothing is budgeted."""
+
+    room: str
+    variant: str
+    architecture: str
+    seconds: float
+    found: dict[str, int] | None
+
+
+def compile_one(room: str, variant: str, architecture: str) -> Compilation:
+    """Compile the variant of that name."""
+    (chosen,) = (candidate for candidate in variants(room) if candidate.name == variant)
+    start = time.perf_counter()
+    compiled = compile_variant(chosen, architecture)
+    seconds = time.perf_counter() - start
+    found = None if architecture in UNBUDGETED else resources(compiled)
+    return Compilation(room, variant, architecture, seconds, found)
+
+
+def check_room(room: str, compilations: Iterable[Compilation], update: bool) -> bool:
+    """Print a row per compilation of a room and say whether all are within its budget."""
     path = KERNELS / room / "budget.json"
     budgets = json.loads(path.read_text()) if path.exists() else {}
     good = True
-    for variant in variants(room):
-        for architecture in architectures:
-            start = time.perf_counter()
-            compiled = compile_variant(variant, architecture)
-            seconds = time.perf_counter() - start
-            row = f"{room:<12} {variant.name:<24} {architecture:<7} {seconds:5.1f} s "
-            if architecture in UNBUDGETED:
-                print(row)
-                continue
-            found = resources(compiled)
-            budget = budgets.setdefault(architecture, {}).get(variant.name)
-            if update:
-                budget = budgets[architecture][variant.name] = widened(found, budget)
-            over = excess(found, budget) if budget else ["not in budget.json: --update"]
-            good = good and not over
-            row += "".join(f" {found[key]:>{len(key)}}" for key in (*MOST, *FEWEST))
-            print(row, "; ".join(over), flush=True)
+    for _, variant, architecture, seconds, found in compilations:
+        row = f"{room:<18} {variant:<24} {architecture:<7} {seconds:5.1f} s "
+        if found is None:
+            print(row)
+            continue
+        budget = budgets.setdefault(architecture, {}).get(variant)
+        if update:
+            budget = budgets[architecture][variant] = widened(found, budget)
+        over = excess(found, budget) if budget else ["not in budget.json: --update"]
+        good = good and not over
+        row += "".join(f" {found[key]:>{len(key)}}" for key in (*MOST, *FEWEST))
+        print(row, "; ".join(over), flush=True)
     if update:
         path.write_text(json.dumps(budgets, indent=1, sort_keys=True) + "\n")
     return good
@@ -140,9 +158,12 @@ def main(argv: list[str]) -> int:
 
     print(f"Triton {triton.__version__}")
     columns = " ".join((*MOST, *FEWEST))
-    print(f"{'room':<12} {'variant':<24} {'arch':<7} {'time':>7}  {columns}")
-    architectures = tuple(arguments.arch or (*ARCHITECTURES, *UNBUDGETED))
-    within = [
-        check_room(room, architectures, arguments.update) for room in arguments.room or rooms()
-    ]
+    print(f"{'room':<18} {'variant':<24} {'arch':<7} {'time':>7}  {columns}")
+    architectures = arguments.arch or (*ARCHITECTURES, *UNBUDGETED)
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:  # one process per core
+        within = []
+        for room in arguments.room or rooms():
+            tasks = [(room, v.name, arch) for v in variants(room) for arch in architectures]
+            compilations = pool.map(compile_one, *zip(*tasks, strict=True))
+            within.append(check_room(room, compilations, arguments.update))
     return 0 if all(within) else 1

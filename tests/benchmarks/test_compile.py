@@ -10,6 +10,10 @@ import pytest
 from benchmarks import compile as aot
 from benchmarks.harness import ROOT
 
+# What still spills, said in the rooms' pages. Nothing may be added, and what is mended goes.
+SPILLS = {
+    "temporal_attention": {"forward_fp32_64", "backward_fp32_64", "backward_known_rotary_64"},
+}
 FOUND = {"registers": 64, "stack": 0, "shared": 128, "wide_loads": 6, "wgmma": 0}
 
 
@@ -20,9 +24,14 @@ def test_every_room_has_a_budget_for_its_variants():
         assert len(names) == len(set(names)) <= 12
         budgets = json.loads((aot.KERNELS / room / "budget.json").read_text())
         assert budgets.keys() == set(aot.ARCHITECTURES)
-        for budget in budgets.values():
-            assert budget.keys() == set(names)
-            assert all(limits["stack"] == 0 for limits in budget.values())
+        assert all(budget.keys() == set(names) for budget in budgets.values())
+        spilling = {
+            name
+            for budget in budgets.values()
+            for name, limits in budget.items()
+            if limits["stack"]
+        }
+        assert spilling == SPILLS.get(room, set())
 
 
 def test_nothing_is_over_its_own_budget():
@@ -53,16 +62,16 @@ def test_one_variant_compiles_and_an_excess_fails(tmp_path):
     code = f"""
 import json, pathlib, shutil, sys
 from benchmarks import compile as aot
-kept = aot.variants("modulate")[:1]
-aot.variants = lambda room: kept
-good = aot.check_room("modulate", ("sm_90", "gfx942"), False)
+name = aot.variants("modulate")[0].name
+made = [aot.compile_one("modulate", name, arch) for arch in ("sm_90", "gfx942")]
+good = aot.check_room("modulate", made, False)
 folder = pathlib.Path({str(tmp_path)!r}) / "modulate"
 shutil.copytree(aot.KERNELS / "modulate", folder)
 budgets = json.loads((folder / "budget.json").read_text())
-budgets["sm_90"][kept[0].name]["registers"] = 1
+budgets["sm_90"][name]["registers"] = 1
 (folder / "budget.json").write_text(json.dumps(budgets))
 aot.KERNELS = folder.parent
-print("good" if good else "bad", aot.check_room("modulate", ("sm_90",), False))
+print("good" if good else "bad", aot.check_room("modulate", made, False))
 """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
