@@ -27,7 +27,7 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
 	touch $@
 
 test: install
-	$(BIN)/python -m pytest -q $(if $(PARITY),--parity-dir $(PARITY)) $(ARGS)
+	$(BIN)/python -m pytest -q $(if $(PARITY),--parity-dir=$(PARITY)) $(ARGS)
 
 demo: install
 	$(BIN)/python -m fastvid demo $(if $(DATA),--data $(DATA)) $(ARGS)

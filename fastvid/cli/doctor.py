@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     ):
         print(title)
         for name, state in section(broken):
-            print(f"  {name:24}{state}")
+            print(f"  {name:28}{state}")
     for fault in broken:
         print(f"BROKEN: {fault}")
     print(f"{len(broken)} broken" if broken else "Everything that is here works.")
