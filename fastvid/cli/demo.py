@@ -24,10 +24,10 @@ RIVALS = {  # what the model's mean has to beat, by task: rows of the scores, in
     },
 }
 CLIPS, HELD_OUT, LENGTH = 800, 32, 32  # motion clips to train on and to hold out, frames of each
-MOTION: dict[str, Any] = {  # between two given frames a shape moves by about its own size
-    "shapes": (2, 3),
-    "radius": (0.12, 0.2),  # in sides of the picture
-    "speed": (0.07, 0.12),  # the same, per frame
+MOTION: dict[str, Any] = {  # between two given frames a shape moves by more than its own size
+    "shapes": (3, 4),
+    "radius": (0.08, 0.13),  # in sides of the picture
+    "speed": (0.08, 0.13),  # the same, per frame
     "spin": 0.05,
     "texture": 0.3,
 }
