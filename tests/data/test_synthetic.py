@@ -43,12 +43,17 @@ def test_the_file_holds_what_was_drawn(tmp_path):
 def test_a_seed_decides_everything(tmp_path):
     pytest.importorskip("av")
     first, again, other = (
-        [p.read_bytes() for p in make_motion_clips(tmp_path / name, seed=seed, **SMALL)]
+        [read_clip(p).int() for p in make_motion_clips(tmp_path / name, seed=seed, **SMALL)]
         for name, seed in [("a", 0), ("b", 0), ("c", 1)]
     )
-    assert first == again
-    assert not set(first) & set(other)
-    assert len(set(first)) == 3
+    assert all(_same(a, b) for a, b in zip(first, again, strict=True))
+    assert not any(_same(a, b) for a in first for b in other)
+    assert not _same(first[0], first[1])
+
+
+def _same(a, b):
+    """Up to what the encoder's threads and buffers may change: a level of 255 on average."""
+    return a.shape == b.shape and (a - b).abs().float().mean() < 1
 
 
 def test_a_second_call_writes_nothing_and_a_changed_one_writes_again(tmp_path):
@@ -67,9 +72,9 @@ def test_a_second_call_writes_nothing_and_a_changed_one_writes_again(tmp_path):
 def test_a_damaged_clip_is_made_again(tmp_path):
     pytest.importorskip("av")
     path = make_motion_clips(tmp_path / "set", **SMALL)[1]
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-1])
-    assert make_motion_clips(tmp_path / "set", **SMALL)[1].read_bytes() == whole
+    whole = read_clip(path).int()
+    path.write_bytes(path.read_bytes()[:-1])
+    assert _same(read_clip(make_motion_clips(tmp_path / "set", **SMALL)[1]).int(), whole)
 
 
 def test_other_files_are_never_touched(tmp_path):
