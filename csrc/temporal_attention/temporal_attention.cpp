@@ -23,16 +23,16 @@ using torch::stable::Tensor;
 namespace {
 
 using bf16 = uint16_t;
-constexpr int kSquare = 64;     // floats from row to row of T x T scores: the most frames
-constexpr int kWide = 256 + 16; // of T x E tokens: the widest head, and off the same cache sets
+constexpr int kSquare = 64;      // floats from row to row of T x T scores: the most frames
+constexpr int kWide = 256 + 16;  // of T x E tokens: the widest head, off the same cache sets
+constexpr int kRun = 2048;       // bytes of a frame that are read in a row, where they are
 constexpr int kMostTogether = 16;
-constexpr int kRun = 2048;       // bytes of a frame that are read in a row
 
 struct Sizes {
   int64_t batch, frames, positions, heads, width;
   int64_t matrix() const { return (frames + 15) / 16 * 16 * kWide; }  // whole vectors of frames
   int64_t sequences() const { return batch * positions * heads; }
-  // Sequences at a time: a frame of theirs is a few pages' worth of cache lines in a row.
+  // Sequences at a time: as many as make a run in every frame.
   int64_t together(int64_t itemsize) const {
     const int64_t wanted = kRun / (width * itemsize);
     return std::clamp<int64_t>(std::min(wanted, sequences()), 1, kMostTogether);
