@@ -356,7 +356,7 @@ for B, T, N, heads in ((1, 16, 64, 16), (2, 13, 99, 8), (3, 1, 7, 1), (1, 64, 1,
     rule = None, None, None, 0.1, 64, 64
     kernel.launch_forward(q, k, v, *rule)
     kernel.launch_backward(q, q, k, v, *rule)
-print(count(kernel._forward), count(kernel._backward))
+print(count(kernel._forward), count(kernel._backward_in_steps))
 """)
     assert printed.split() == ["1", "1"]
 
