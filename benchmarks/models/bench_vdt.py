@@ -178,11 +178,31 @@ def measure(spec: dict[str, Any], rounds: int, seconds: float) -> dict[str, Any]
     ours, theirs = (errors(found[name], found["exact"]) for name in ("fastvid", "eager"))
     row |= {"error": max(ours.values()), "eager_error": max(theirs.values())}
     row["match"] = agree(ours, theirs)
-    return {"case": "vdt/{job} {size}/2 frames={frames} {dtype}".format(**spec), **spec, **row}
+    return {"case": label(spec), **spec, **row}
+
+
+def label(spec: dict[str, Any]) -> str:
+    """`vdt/step L/2 frames=16 bfloat16 compiled`."""
+    kind = " compiled" if spec["compile"] else ""
+    return "vdt/{job} {size}/2 frames={frames} {dtype}".format(**spec) + kind
+
+
+def specs(device: torch.device, quick: bool) -> list[dict[str, Any]]:
+    """What the verbs `gpu` and, quick, `cpu_gate` measure, the most important first."""
+    here = {"threads": torch.get_num_threads(), "device": device.type, "quick": quick}
+    if quick:
+        small = {"size": "S", "frames": 4, "dtype": "float32", "batch": 1, "compile": False}
+        return [{"job": job, **small, **here} for job in ("forward", "step")]
+    large = {"size": "L", "frames": 16, "dtype": "bfloat16", "batch": 4}
+    return [
+        {"job": job, **large, "compile": compiled, **here}
+        for compiled in (True, False)
+        for job in ("step", "sample")
+    ]
 
 
 def line(row: dict[str, Any]) -> str:
-    how = ("compiled " if row["compile"] else "") + ("one after the other" if row["apart"] else "")
+    how = "one after the other" if row["apart"] else ""
     return (
         f"{row['case']:<36} {row['fastvid_p50_ms']:9.0f} ms against {row['eager_p50_ms']:9.0f}"
         f"   {row['wall_ratio_p50']:5.2f}x ({row['wall_ratio_p20']:.2f} to"
