@@ -43,7 +43,7 @@ class Ratio(NamedTuple):
         floor = "none" if self.floor is None else f"{self.floor:.2f}"
         fault = "" if self.good else "BELOW" if self.match else "NO MATCH"
         return (
-            f"{self.case:<66} {self.rival:<9} {self.p50:5.2f}x +- {self.spread:4.2f}"
+            f"{self.case:<80} {self.rival:<9} {self.p50:5.2f}x +- {self.spread:4.2f}"
             f"  floor {floor} {fault}"
         )
 

@@ -191,7 +191,7 @@ def specs(device: torch.device, quick: bool) -> list[dict[str, Any]]:
     """What the verbs `gpu` and, quick, `cpu_gate` measure, the most important first."""
     here = {"threads": torch.get_num_threads(), "device": device.type, "quick": quick}
     if quick:
-        small = {"size": "S", "frames": 4, "dtype": "float32", "batch": 1, "compile": False}
+        small = {"size": "S", "frames": 16, "dtype": "float32", "batch": 1, "compile": False}
         return [{"job": job, **small, **here} for job in ("forward", "step")]
     large = {"size": "L", "frames": 16, "dtype": "bfloat16", "batch": 4}
     return [
