@@ -188,8 +188,11 @@ def main(argv: list[str]) -> int:
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:  # one process per core
         within = []
         for room in arguments.room or rooms():
-            names = [variant.name for variant in variants(room, arguments.all)]
-            tasks = [(room, name, arch, arguments.all) for name in names for arch in architectures]
+            tasks = [
+                (room, variant.name, architecture, arguments.all)
+                for variant in variants(room, arguments.all)
+                for architecture in architectures
+            ]
             compilations = pool.map(compile_one, *zip(*tasks, strict=True))
             within.append(check_room(room, compilations, arguments.update, arguments.all))
     return 0 if all(within) else 1

@@ -67,18 +67,19 @@ def of_rooms(
 
 
 def smallest(cases: list[harness.Case]) -> list[harness.Case]:
-    """Of each kind, forward and backward, the case that moves the least."""
-    ordered = sorted(cases, key=lambda case: case.nbytes)
+    """Forward and backward, the case of the first dtype that moves the least."""
+    of_a_kind = [case for case in cases if case.dtype == cases[0].dtype]
+    ordered = sorted(of_a_kind, key=lambda case: case.nbytes)
     backward = [case for case in ordered if "backward" in case.name]
     forward = [case for case in ordered if "backward" not in case.name]
     return forward[:1] + backward[:1]
 
 
-def of_models(floors: dict[str, dict[str, float]], seconds: float) -> Iterator[Ratio]:
+def of_models(floors: dict[str, dict[str, float]]) -> Iterator[Ratio]:
     """The small rows of every model."""
     for bench in map(run_models.bench, run_models.names()):
         for spec in bench.specs(CPU, True):
-            row = bench.measure(spec, 5, seconds)
+            row = bench.within(spec, 0)
             ratios = (row[f"wall_ratio_p{p}"] for p in (20, 50, 80))
             floor = floors.get(row["case"], {}).get("eager")
             yield Ratio(row["case"], "eager", *ratios, row["match"], floor)
@@ -99,7 +100,7 @@ def main(argv: list[str]) -> int:
         here = machine.environment(CPU)
         print(f"{here['machine']}, torch {here['torch']}, {here['threads']} threads")
         ratios = [of_rooms(floors, arguments.room or run.rooms(), arguments.seconds)]
-        ratios += [] if arguments.no_models or arguments.room else [of_models(floors, 0)]
+        ratios += [] if arguments.no_models or arguments.room else [of_models(floors)]
         for found in ratios:
             for ratio in found:
                 print(ratio.line(), flush=True)

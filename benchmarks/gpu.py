@@ -88,8 +88,7 @@ def _jobs(
 
     def of_model(bench: Any, spec: dict[str, Any]) -> Job:
         def measure(budget):
-            rounds, seconds = (2, 0) if quick else (5, budget / 4)
-            row = bench.measure(spec, rounds, seconds)
+            row = bench.within(spec, 0 if quick else budget)
             row = {**machine.environment(device), "rival": "fastvid", **row}
             return [row], bench.line(row)
 

@@ -49,7 +49,7 @@ def test_models_hand_their_arguments_on(monkeypatch):
 def test_every_model_has_what_the_verbs_need(name):
     bench = run_models.bench(name)
     assert all(
-        callable(getattr(bench, part)) for part in ("specs", "label", "measure", "line", "main")
+        callable(getattr(bench, part)) for part in ("specs", "label", "within", "line", "main")
     )
 
 
