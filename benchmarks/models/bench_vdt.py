@@ -178,13 +178,38 @@ def measure(spec: dict[str, Any], rounds: int, seconds: float) -> dict[str, Any]
     ours, theirs = (errors(found[name], found["exact"]) for name in ("fastvid", "eager"))
     row |= {"error": max(ours.values()), "eager_error": max(theirs.values())}
     row["match"] = agree(ours, theirs)
-    return {"case": "vdt/{job} {size}/2 frames={frames} {dtype}".format(**spec), **spec, **row}
+    return {"case": label(spec), **spec, **row}
+
+
+def label(spec: dict[str, Any]) -> str:
+    """`vdt/step L/2 frames=16 batch=4 bfloat16 compiled`."""
+    case = "vdt/{job} {size}/2 frames={frames} batch={batch} {dtype}".format(**spec)
+    return case + " compiled" * spec["compile"]
+
+
+def within(spec: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """The row in about so many seconds; 0: in as few calls as give a spread."""
+    return measure(spec, rounds=5, seconds=seconds / 4)
+
+
+def specs(device: torch.device, quick: bool) -> list[dict[str, Any]]:
+    """What the verbs `gpu` and, quick, `cpu_gate` measure, the most important first."""
+    here = {"threads": torch.get_num_threads(), "device": device.type, "quick": quick, "steps": 10}
+    if quick:
+        small = {"size": "S", "frames": 16, "dtype": "float32", "batch": 1, "compile": False}
+        return [{"job": job, **small, **here} for job in ("forward", "step")]
+    large = {"size": "L", "frames": 16, "dtype": "bfloat16", "batch": 4}
+    return [
+        {"job": job, **large, "compile": compiled, **here}
+        for compiled in (True, False)
+        for job in ("step", "sample")
+    ]
 
 
 def line(row: dict[str, Any]) -> str:
-    how = ("compiled " if row["compile"] else "") + ("one after the other" if row["apart"] else "")
+    how = "one after the other" if row["apart"] else ""
     return (
-        f"{row['case']:<36} {row['fastvid_p50_ms']:9.0f} ms against {row['eager_p50_ms']:9.0f}"
+        f"{row['case']:<53} {row['fastvid_p50_ms']:9.0f} ms against {row['eager_p50_ms']:9.0f}"
         f"   {row['wall_ratio_p50']:5.2f}x ({row['wall_ratio_p20']:.2f} to"
         f" {row['wall_ratio_p80']:.2f}; cpu time {row['cpu_ratio_p50']:.2f}x)"
         f"   peak {row['fastvid_peak_mib']:6.0f} MiB, {row['peak_ratio']:.2f} of theirs,"

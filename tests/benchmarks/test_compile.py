@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from benchmarks import compile as aot
-from benchmarks.harness import ROOT
+from benchmarks.machine import ROOT
 
 # What still spills, said in the rooms' pages. Nothing may be added, and what is mended goes.
 SPILLS: dict[str, set[str]] = {}
