@@ -19,8 +19,7 @@ _attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_ba
 def forward(q, k, v, known, scale, clip):
     """out (B, T, Nq, heads, E) and lse (B, heads, T, Nq)."""
     q, k, v = (rows_together(x) for x in (q, k, v))
-    if known is None and not clip and k.shape[0] < len(q) and 2 * k.shape[2] <= q.shape[2]:
-        # One call on a copy of few keys saves a copy of the result.
+    if _copying_keys_pays(q, k, known, clip):
         k, v = (x.expand(len(q), *x.shape[1:]).contiguous() for x in (k, v))
     blocks = _blocks([q], k, v, known, clip)
     if known is None and len(blocks) == 1:
@@ -38,10 +37,14 @@ def forward(q, k, v, known, scale, clip):
 def backward(dout, q, k, v, out, lse, known, scale, clip):
     """dq, dk and dv; sums over calls and samples are float32 (float64 for float64)."""
     dout, q, k, v = (rows_together(x) for x in (dout, q, k, v))
+    shape = k.shape
+    if _copying_keys_pays(q, k, known, clip):
+        k, v = (x.expand(len(q), *x.shape[1:]).contiguous() for x in (k, v))
     blocks = _blocks([dout, q, out], k, v, known, clip)
     if known is None and len(blocks) == 1:
         grads = _backward_block(dout, q, k, v, out, lse, blocks[0], scale, clip)
-        return tuple(grad.to(q.dtype).contiguous() for grad in grads)
+        dq, dk, dv = (grad.to(q.dtype).contiguous() for grad in grads)
+        return dq, dk.sum_to_size(shape), dv.sum_to_size(shape)
     dq = q.new_zeros(q.shape)
     dk, dv = (x.new_zeros(x.shape, dtype=wide(q.dtype)) for x in (k, v))
     for block in blocks:
@@ -49,7 +52,7 @@ def backward(dout, q, k, v, out, lse, known, scale, clip):
         dq[block] = part[0]
         for whole, grad in zip((dk, dv), part[1:], strict=True):
             whole[_seen(whole, block, clip)] += grad
-    return dq, dk.to(q.dtype), dv.to(q.dtype)
+    return dq, dk.to(q.dtype).sum_to_size(shape), dv.to(q.dtype).sum_to_size(shape)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -72,7 +75,7 @@ def one_call(queries: list[Tensor], k: Tensor, v: Tensor, clip: bool) -> bool:
     """Whether `rows` and `keys` of everything are views."""
     if clip:
         return all(merges(x, 1) for x in (*queries, k, v))
-    return k.shape[0] == len(queries[0]) and all(merges(x, 0) for x in (*queries, k, v))
+    return len(k) == len(queries[0]) and all(merges(x, 0) for x in (*queries, k, v))
 
 
 def _blocks(queries: list[Tensor], k: Tensor, v: Tensor, known, clip: bool) -> list[Block]:
@@ -87,6 +90,12 @@ def _blocks(queries: list[Tensor], k: Tensor, v: Tensor, known, clip: bool) -> l
     if clip:
         return [(every, slice(t, t + 1)) for t in range(T)]
     return [(slice(b, b + 1), every) for b in range(B)]
+
+
+def _copying_keys_pays(q: Tensor, k: Tensor, known, clip: bool) -> bool:
+    """Whether one call on a copy of shared keys saves more, the copies of each sample's result."""
+    shared = known is None and not clip and k.shape[0] < len(q)
+    return shared and 2 * k.shape[2] <= q.shape[2]
 
 
 def _runs(known: list[bool]) -> list[slice]:
