@@ -40,7 +40,7 @@ def launched(q, k, v, dout, scope="frame", known=None, scale=SCALE):
         ((2, 3, 20, 25, 1, 16), "one sample", "clip", True),
         ((2, 3, 20, 25, 1, 40), "one of both", "frame", False),
         ((2, 2, 20, 70, 1, 80), "one sample", "frame", True),
-        ((1, 2, 9, 1, 1, 64), "own", "frame", True),
+        ((1, 2, 9, 2, 1, 64), "own", "frame", True),
         ((1, 1, 17, 33, 1, 136), "own", "clip", False),
     ],
 )
@@ -132,6 +132,15 @@ def test_known_frames_read_nothing(rand, device, scope, Nk):
         k[known], v[known] = torch.nan, torch.nan
         for a, b in zip(launched(q, k, v, dout, scope, known), found, strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_one_key_gives_its_value(rand):
+    q, k, v, dout = draw(rand, 1, 2, 6, 1, 2, 24)
+    out, dq, dk, dv = launched(q, k, v, dout)
+    torch.testing.assert_close(out, v.expand_as(q))
+    torch.testing.assert_close(dv, dout.sum(2, keepdim=True))
+    assert max(dq.abs().max(), dk.abs().max()) < 1e-4  # what rounding leaves of 0
 
 
 @pytest.mark.usefixtures("interpreter")
