@@ -116,9 +116,9 @@ def _forward_block(q, k, v, block, scale, clip):
     """out (samples, frames, Nq, heads, E) and lse (samples, heads, frames, Nq)."""
     q = q[block]
     k, v = (keys(x[_seen(x, block, clip)], q, clip) for x in (k, v))
-    part = (rows(q, clip), k, v)
+    part = [rows(q, clip), k, v]
     if q.dtype == torch.float16:  # which PyTorch multiplies slowly on a CPU
-        part = tuple(x.float() for x in part)
+        part = [x.float() for x in part]
     out, lse = _attend(*part, scale=scale)
     samples, frames = q.shape[:2]
     if clip:
@@ -133,9 +133,10 @@ def _backward_block(dout, q, k, v, out, lse, block, scale, clip):
     dout, q, out, lse = dout[block], q[block], out[block], lse[block[0], :, block[1]]
     k, v = (x[_seen(x, block, clip)] for x in (k, v))
     lse = lse.flatten(2) if clip else lse.transpose(1, 2).flatten(0, 1)
-    part = rows(dout, clip), rows(q, clip), keys(k, q, clip), keys(v, q, clip), rows(out, clip)
+    part = [rows(x, clip) for x in (dout, q)]
+    part += [keys(k, q, clip), keys(v, q, clip), rows(out, clip)]
     if _better_wide(q.dtype, part[2].shape[2]):
-        part = tuple(x.float() for x in part)
+        part = [x.float() for x in part]
     dq, *dkv = _attend_backward(*part, lse.contiguous(), 0.0, False, scale=scale)
     dk, dv = (
         grad.transpose(1, 2).unflatten(1, x.shape[1:3]).sum_to_size(x.shape)

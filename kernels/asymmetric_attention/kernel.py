@@ -380,7 +380,7 @@ def launch_backward(
         samples, F, M = k.shape[:3]
         programs = samples * F * heads * triton.cdiv(M, blocks.rows)
         parts = _parts(programs, triton.cdiv(N, blocks.steps))
-        sums = (dk, dv)
+        sums: tuple[Tensor, ...] = (dk, dv)
         if parts > 1:
             sums = tuple(x.new_empty((parts, *x.shape), dtype=torch.float32) for x in sums)
         _backward_kv[(programs, parts)](
