@@ -163,7 +163,12 @@ def main(argv: list[str]) -> int:
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:  # one process per core
         within = []
         for room in arguments.room or rooms():
-            tasks = [(room, v.name, arch) for v in variants(room) for arch in architectures]
+            tasks = [
+                (room, variant.name, architecture)
+                for variant in variants(room)
+                for architecture in architectures
+                if architecture in (variant.architectures or architectures)
+            ]
             compilations = pool.map(compile_one, *zip(*tasks, strict=True))
             within.append(check_room(room, compilations, arguments.update))
     return 0 if all(within) else 1

@@ -1,7 +1,8 @@
 """`masked_attention` against what users have: slices, a dense mask, FlexAttention, no mask at all.
 
 "eager" is SDPA with a dense mask. "dense" rivals hide nothing, so they compute something else and
-never match: they say what the visible share is taken of.
+never match: they say what the visible share is taken of. SDPA's fourth backend, plain products,
+would need a number for every pair.
 """
 
 import importlib.util
@@ -46,6 +47,7 @@ HISTORY = [128, *[240] * 28, 960, 3840, 3840]  # Pyramid Flow, last unit at 768 
 # name: (visibility, B, heads, E)
 GPU = {
     "MarDini G joint": (lambda d: identity([4096] * 13, 5, d), 1, 16, 64),
+    "MarDini G spatial": (lambda d: own_frame([4096] * 13, d), 1, 16, 64),
     "MarDini P joint": (lambda d: identity([1024] * 13, 5, d), 1, 32, 128),
     "Pyramid last unit": (lambda d: pyramid(HISTORY, d), 2, 30, 64),
     "VDT spatial": (lambda d: own_frame([256] * 16, d), 4, 16, 72),
@@ -86,14 +88,13 @@ def _case(name, direction, make_visibility, B, heads, E, dtype, device, quick) -
     rivals["eager"] = with_dense_mask(visibility, N)
     rivals["sliced"] = sliced(visibility)
     rivals |= dense_rivals(device)
+    packaged = {} if device.type != "cuda" else {"xformers": xformers, "flash-attn": flash_attn}
     if not quick and (forward or device.type == "cuda"):  # FlexAttention has no backward on a CPU
         rivals["flex"] = flex(visibility, N)
-    on_gpu = device.type == "cuda"
-    missing = {
-        package: f"pip install {package}"
-        for package in ("xformers", "flash-attn")
-        if on_gpu and importlib.util.find_spec(package.replace("-", "_")) is None
-    }
+    if forward and device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0):
+        rivals["fastvid, tensor descriptors"] = by_descriptors(visibility)
+    rivals |= {name: f for name, f in packaged.items() if _is_here(name)}
+    missing = {name: f"pip install {name}" for name in packaged if not _is_here(name)}
 
     def make_inputs(device):
         q, k, v = torch.randn(B, N, 3, heads, E, device=device).to(dtype).unbind(2)
@@ -112,6 +113,32 @@ def _case(name, direction, make_visibility, B, heads, E, dtype, device, quick) -
         flops=round((4 if forward else 10) * B * heads * E * pairs),
         missing=missing,
     )
+
+
+def _is_here(package: str) -> bool:
+    return importlib.util.find_spec(package.replace("-", "_")) is not None
+
+
+def by_descriptors(visibility: Visibility) -> Callable[..., Tensor]:
+    """The forward kernel that no launch table chooses before it is measured."""
+    from fastvid.kernels.masked_attention.kernel import launch_forward
+
+    tables = visibility.rows, visibility.row_spans
+    return lambda q, k, v: launch_forward(q, k, v, *tables, q.shape[-1] ** -0.5, True)[0]
+
+
+def xformers(q, k, v):
+    """Nothing hidden, by the package."""
+    from xformers.ops import memory_efficient_attention
+
+    return memory_efficient_attention(q, k, v)
+
+
+def flash_attn(q, k, v):
+    """Nothing hidden, by the package."""
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func(q, k, v)
 
 
 def heads_first(*tensors: Tensor) -> list[Tensor]:
