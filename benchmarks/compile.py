@@ -192,6 +192,7 @@ def main(argv: list[str]) -> int:
                 (room, variant.name, architecture, arguments.all)
                 for variant in variants(room, arguments.all)
                 for architecture in architectures
+                if architecture in (variant.architectures or architectures)
             ]
             compilations = pool.map(compile_one, *zip(*tasks, strict=True))
             within.append(check_room(room, compilations, arguments.update, arguments.all))

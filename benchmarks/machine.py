@@ -59,8 +59,8 @@ def gpu_state(device: torch.device) -> dict[str, Any]:
         return dict.fromkeys(names)
     import pynvml
 
-    pynvml.nvmlInit()
     try:
+        pynvml.nvmlInit()
         # CUDA_VISIBLE_DEVICES renumbers CUDA's devices, not the driver's: the id is common to both.
         uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
         handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
@@ -74,8 +74,6 @@ def gpu_state(device: torch.device) -> dict[str, Any]:
         )
     except pynvml.NVMLError:  # a container may forbid some of them
         return dict.fromkeys(names)
-    finally:
-        pynvml.nvmlShutdown()
     return dict(zip(names, found, strict=True))
 
 

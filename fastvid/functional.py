@@ -5,6 +5,7 @@ whatever device its tensors are on.
 """
 
 from fastvid.kernels._shared.visibility import FrameLayout, Visibility
+from fastvid.kernels.asymmetric_attention.op import asymmetric_attention
 from fastvid.kernels.masked_attention.op import masked_attention
 from fastvid.kernels.modulate.op import norm_modulate
 from fastvid.kernels.temporal_attention.op import temporal_attention
@@ -12,6 +13,7 @@ from fastvid.kernels.temporal_attention.op import temporal_attention
 __all__ = [
     "FrameLayout",
     "Visibility",
+    "asymmetric_attention",
     "masked_attention",
     "norm_modulate",
     "temporal_attention",

@@ -1,7 +1,8 @@
 """`masked_attention` against what users have: slices, a dense mask, FlexAttention, no mask at all.
 
 "eager" is SDPA with a dense mask. "dense" rivals hide nothing, so they compute something else and
-never match: they say what the visible share is taken of.
+never match: they say what the visible share is taken of. SDPA's fourth backend, plain products,
+would need a number for every pair.
 """
 
 import functools
@@ -58,6 +59,7 @@ GPU = {
     "causal 16": (lambda d: causal([1024] * 16, d), 1, 16, 64),
     "known 12 of 16": (lambda d: identity([1024] * 16, 12, d), 1, 16, 64),
     "MarDini G joint": (lambda d: identity([4096] * 13, 5, d), 1, 16, 64),
+    "MarDini G spatial": (lambda d: own_frame([4096] * 13, d), 1, 16, 64),
     "MarDini P joint": (lambda d: identity([1024] * 13, 5, d), 1, 32, 128),
     "Pyramid last unit": (lambda d: pyramid(HISTORY, d), 2, 30, 64),
     "VDT spatial": (lambda d: own_frame([256] * 16, d), 4, 16, 72),
@@ -110,6 +112,8 @@ def _case(name, direction, make_visibility, B, heads, E, dtype, device, quick) -
     rivals |= dense_rivals(device)
     if not quick and (forward or device.type == "cuda"):  # FlexAttention has no backward on a CPU
         rivals["flex"] = flex(visibility, N)
+    if forward and device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0):
+        rivals["fastvid, tensor descriptors"] = by_descriptors(visibility)
     here, missing = packages.split_by_presence(device, from_packages(visibility))
     rivals |= here
 
@@ -130,6 +134,14 @@ def _case(name, direction, make_visibility, B, heads, E, dtype, device, quick) -
         flops=flops(forward, pairs, B, heads, E),
         missing=missing,
     )
+
+
+def by_descriptors(visibility: Visibility) -> Callable[..., Tensor]:
+    """The forward kernel that no launch table chooses before it is measured."""
+    from fastvid.kernels.masked_attention.kernel import launch_forward
+
+    tables = visibility.rows, visibility.row_spans
+    return lambda q, k, v: launch_forward(q, k, v, *tables, q.shape[-1] ** -0.5, True)[0]
 
 
 def heads_first(*tensors: Tensor) -> list[Tensor]:

@@ -61,7 +61,7 @@ def driver(monkeypatch):
     module.__spec__ = types.SimpleNamespace()
     module.NVMLError = NVMLError
     module.NVML_CLOCK_SM, module.NVML_CLOCK_MEM, module.NVML_TEMPERATURE_GPU = 1, 2, 0
-    module.nvmlInit = module.nvmlShutdown = lambda: None
+    module.nvmlInit = lambda: None
     module.nvmlSystemGetDriverVersion = lambda: "580.0"
     module.nvmlDeviceGetHandleByUUID = {"GPU-id": "handle"}.__getitem__
     module.nvmlDeviceGetMemoryInfo = lambda handle: types.SimpleNamespace(used=3 * 2**20)

@@ -41,7 +41,7 @@ def test_twice_the_error_of_the_rival_is_allowed():
 
 def test_the_floor_and_the_match_decide(monkeypatch, capsys):
     row = {"match": True, "wall_ratio_p50": 1.2}
-    monkeypatch.setattr(bench_vdt, "measure", lambda *_: row)
+    monkeypatch.setattr(bench_vdt, "measure", lambda *_, **__: row)
     monkeypatch.setattr(bench_vdt, "line", str)
     arguments = ["--size=S", "--frames=2", "--job=forward", "--threads=1", "--device=cpu"]
     assert bench_vdt.main(arguments) == 0
