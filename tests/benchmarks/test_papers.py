@@ -6,12 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import papers, rows
-from benchmarks.papers import tables, work
+from benchmarks.papers import memory, tables, work
 from benchmarks.rivals.vdt_eager import VDTEager
-from fastvid.models.vdt import VDTConfig
+from fastvid.models.vdt import VDT, VDTConfig
 
 
 @pytest.mark.parametrize(("frames", "side"), [(4, 8), (3, 12)])
@@ -141,3 +142,58 @@ def test_the_command_prints_every_table_and_writes_it(tmp_path, capsys):
 def test_the_committed_results_fill_rows_of_vdt():
     found = tables.vdt(rows.latest(rows.read(papers.RESULTS)))
     assert any(line.ours for line in found.lines)
+
+
+SMALL = [
+    (VDTConfig(dim=192, depth=4, heads=3, frames=8, height=16, width=16), 1),
+    (VDTConfig(dim=192, depth=8, heads=3, frames=16, height=16, width=16), 2),
+    (VDTConfig(dim=384, depth=3, heads=6, frames=8, height=32, width=32), 1),
+]
+
+
+def _allocated(call):
+    """Bytes that the allocator had handed out at the peak of a call, beyond what was there."""
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    now = peak = 0
+    events = (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.parametrize(("config", "batch"), SMALL)
+def test_the_memory_model_is_within_a_tenth_of_what_is_allocated(config, batch):
+    model = VDT(config)
+    weights = sum(p.nbytes for p in model.parameters())
+    assert memory.vdt_weights(config) == pytest.approx(weights, rel=0.02)
+    shape = batch, config.channels, config.frames, config.height, config.width
+    latents, timestep = torch.randn(shape), torch.zeros(batch, dtype=torch.int64)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+    def step():
+        optimizer.zero_grad()
+        model(latents, timestep).square().mean().backward()
+        optimizer.step()
+
+    def forward():
+        with torch.inference_mode():
+            model(latents, timestep)
+
+    forward()
+    measured = weights + _allocated(forward)
+    assert memory.vdt_forward(config, batch) == pytest.approx(measured, rel=0.1)
+    step()
+    optimizer.zero_grad()
+    moments = 2 * weights
+    measured = weights + moments + _allocated(step)
+    assert memory.vdt_training(config, batch) == pytest.approx(measured, rel=0.1)
+
+
+def test_a_batch_that_fits_by_the_published_evidence_fits_by_the_model():
+    line = {line.name: line for line in tables.vdt([]).lines}
+    for batch, room in ((16, 80), (6, 48)):
+        found = line[f"L training 16 frames 128x128 batch {batch}"]
+        assert found.memory_gb == room
+        assert found.estimate_gb < room
