@@ -7,12 +7,15 @@ whatever device its tensors are on.
 from fastvid.kernels._shared.visibility import FrameLayout, Visibility
 from fastvid.kernels.masked_attention.op import masked_attention
 from fastvid.kernels.modulate.op import norm_modulate
+from fastvid.kernels.noising.op import masked_mse, noising
 from fastvid.kernels.temporal_attention.op import temporal_attention
 
 __all__ = [
     "FrameLayout",
     "Visibility",
     "masked_attention",
+    "masked_mse",
+    "noising",
     "norm_modulate",
     "temporal_attention",
 ]
