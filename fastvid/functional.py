@@ -5,6 +5,7 @@ whatever device its tensors are on.
 """
 
 from fastvid.kernels._shared.visibility import FrameLayout, Visibility
+from fastvid.kernels.asymmetric_attention.op import asymmetric_attention
 from fastvid.kernels.masked_attention.op import masked_attention
 from fastvid.kernels.modulate.op import norm_modulate
 from fastvid.kernels.noising.op import masked_mse, noising
@@ -13,6 +14,7 @@ from fastvid.kernels.temporal_attention.op import temporal_attention
 __all__ = [
     "FrameLayout",
     "Visibility",
+    "asymmetric_attention",
     "masked_attention",
     "masked_mse",
     "noising",
