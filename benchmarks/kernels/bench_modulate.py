@@ -1,11 +1,10 @@
 """`norm_modulate` against the line that users write and against `torch.compile` of it."""
 
-import importlib.util
-
 import torch
 import torch.nn.functional as F
 
 from benchmarks.harness import Case, backward_of, forward_of
+from benchmarks.rivals import packages
 from fastvid.functional import norm_modulate
 from fastvid.kernels._shared import native
 from fastvid.kernels.modulate import cpu, reference
@@ -27,6 +26,11 @@ def without_compiled_part(x, shift, scale):
     return cpu.forward(x, shift, scale, False, 1e-6, x.dtype)[0]
 
 
+def bytes_moved(forward: bool, B: int, N: int, D: int, itemsize: int) -> int:
+    """x and y; backward x, dy and dx. The modulation is small beside them."""
+    return (2 if forward else 3) * B * N * D * itemsize
+
+
 def cases(device: torch.device, quick: bool) -> list[Case]:
     """Forward and backward over the shapes that models use."""
     shapes = QUICK if quick else GPU_SHAPES if device.type == "cuda" else SHAPES
@@ -43,13 +47,12 @@ def _case(name, B, N, D, dtype, device, quick):
     forward = name == "forward"
     bind = forward_of if forward else backward_of
     rivals = {"fastvid": norm_modulate, "eager": eager}
-    missing = {}
     if not quick:
         rivals["compile"] = torch.compile(eager, dynamic=False)
     if device.type == "cpu" and native.loaded() and forward:
         rivals["no C++"] = without_compiled_part
-    if device.type == "cuda" and importlib.util.find_spec("liger_kernel") is None:
-        missing["liger"] = "pip install liger-kernel"
+    here, missing = packages.split_by_presence(device, {"liger": packages.liger_norm_modulate})
+    rivals |= here
 
     def make_inputs(device):
         x, dy = torch.randn(2, B, N, D, device=device).to(dtype)
@@ -64,6 +67,6 @@ def _case(name, B, N, D, dtype, device, quick):
         make_inputs=make_inputs,
         rivals={rival: bind(function) for rival, function in rivals.items()},
         oracle=bind(reference.norm_modulate),
-        nbytes=(2 if forward else 3) * B * N * D * dtype.itemsize,
+        nbytes=bytes_moved(forward, B, N, D, dtype.itemsize),
         missing=missing,
     )

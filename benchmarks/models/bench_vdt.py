@@ -178,8 +178,32 @@ def measure(spec: dict[str, Any], **pace: Any) -> dict[str, Any]:
     ours, theirs = (errors(found[name], found["exact"]) for name in ("fastvid", "eager"))
     row |= {"error": max(ours.values()), "eager_error": max(theirs.values())}
     row["match"] = agree(ours, theirs)
+    return {"case": label(spec), **spec, **row}
+
+
+def label(spec: dict[str, Any]) -> str:
+    """`vdt/step L/2 frames=16 batch=4 bfloat16 compiled`."""
     case = "vdt/{job} {size}/2 frames={frames} batch={batch} {dtype}".format(**spec)
-    return {"case": case + " compiled" * spec["compile"], **spec, **row}
+    return case + " compiled" * spec["compile"]
+
+
+def within(spec: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """The row in about so many seconds; 0: in as few calls as give a spread."""
+    return measure(spec, turns=1, rounds=5, seconds=seconds / 4)
+
+
+def specs(device: torch.device, quick: bool) -> list[dict[str, Any]]:
+    """What the verbs `gpu` and, quick, `cpu_gate` measure, the most important first."""
+    here = {"threads": torch.get_num_threads(), "device": device.type, "quick": quick, "steps": 10}
+    if quick:
+        small = {"size": "S", "frames": 16, "dtype": "float32", "batch": 1, "compile": False}
+        return [{"job": job, **small, **here} for job in ("forward", "step")]
+    large = {"size": "L", "frames": 16, "dtype": "bfloat16", "batch": 4}
+    return [
+        {"job": job, **large, "compile": compiled, **here}
+        for compiled in (True, False)
+        for job in ("step", "sample")
+    ]
 
 
 def line(row: dict[str, Any]) -> str:

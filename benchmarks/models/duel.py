@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import ROOT, quantile
+from benchmarks.machine import ROOT
+from benchmarks.timing import quantile
 
 
 class Contender:
