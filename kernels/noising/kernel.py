@@ -1,8 +1,7 @@
 """The Triton kernels of `noising` and `masked_mse`, and their launchers.
 
-A program takes a piece of one (H, W) plane: its frame and sample are scalars, so levels and the
-knowledge of a whole frame are read once, and no number needs a division to find its place. Noise is
-drawn by number: blocks start at multiples of four numbers of the sample, a counter's worth.
+A program takes a piece of one (H, W) plane (`_shared/planes_kernel.py`). Noise is drawn by number:
+blocks start at multiples of four numbers of the sample, a counter's worth.
 """
 
 import torch
@@ -12,28 +11,8 @@ from torch import Tensor
 
 from .._shared.philox_kernel import normals
 from .._shared.planes import pieces, planes, steps
+from .._shared.planes_kernel import CELLS, FRAMES, known_arguments, place, unknown_numbers
 from .._shared.variants import Variant
-
-NONE, FRAMES, CELLS = 0, 1, 2  # how much `known` says
-
-
-@triton.jit
-def _place(C, T, blocks):
-    """b, c, t and piece of this program, as int64."""
-    program = tl.program_id(0).to(tl.int64)
-    plane = program // blocks
-    return plane // (C * T), plane // T % C, plane % T, program % blocks
-
-
-@triton.jit
-def _unknown(known_ptr, known_b, known_t, b, t, p, live, KNOWN: tl.constexpr):
-    """Which numbers of a piece are unknown; all where KNOWN is 0, all or none where it is 1."""
-    if KNOWN == 2:
-        given = tl.load(known_ptr + b * known_b + t * known_t + p, mask=live, other=1)
-        return live & (given == 0)
-    if KNOWN == 1:
-        return live & (tl.load(known_ptr + b * known_b + t * known_t) == 0)
-    return live
 
 
 @triton.jit(do_not_specialize=["C", "T", "blocks", "stream"])
@@ -44,7 +23,7 @@ def _noising(
     DRAWN: tl.constexpr, KNOWN: tl.constexpr, OWN: tl.constexpr, TARGET: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    b, c, t, block = _place(C, T, blocks)
+    b, c, t, block = place(C, T, blocks)
     start = (c * T + t) * HW  # of the plane in its sample
     first = start // 4 * 4 + block * BLOCK
     p = first - start + tl.arange(0, BLOCK)  # in the plane; starts below 0 where 4 straddle planes
@@ -61,7 +40,7 @@ def _noising(
 
     alpha = tl.load(alpha_ptr + b * level_b + t * level_t).to(tl.float32)
     sigma = tl.load(sigma_ptr + b * level_b + t * level_t).to(tl.float32)
-    unknown = _unknown(known_ptr, known_b, known_t, b, t, p, live, KNOWN)
+    unknown = unknown_numbers(known_ptr, known_b, known_t, b, t, p, live, KNOWN)
     if KNOWN:
         own_alpha, own_sigma = 1.0, 0.0
         if OWN:
@@ -90,10 +69,10 @@ def _square_sums(
     KNOWN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sum of squares and count of unknown numbers of every piece."""
-    b, c, t, block = _place(C, T, blocks)
+    b, c, t, block = place(C, T, blocks)
     p = block * BLOCK + tl.arange(0, BLOCK)
     live = p < HW
-    unknown = _unknown(known_ptr, known_b, known_t, b, t, p, live, KNOWN)
+    unknown = unknown_numbers(known_ptr, known_b, known_t, b, t, p, live, KNOWN)
     read = live if KNOWN == 2 else unknown  # a mask that changes inside a row splits its loads
     pred = tl.load(pred_ptr + b * pred_b + c * pred_c + t * pred_t + p, mask=read, other=0.0)
     at = target_ptr + b * target_b + c * target_c + t * target_t + p
@@ -131,10 +110,10 @@ def _slope(
     KNOWN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of pred: 2 * dloss * weight * (pred - target), 0 at known cells."""
-    b, c, t, block = _place(C, T, blocks)
+    b, c, t, block = place(C, T, blocks)
     p = block * BLOCK + tl.arange(0, BLOCK)
     live = p < HW
-    unknown = _unknown(known_ptr, known_b, known_t, b, t, p, live, KNOWN)
+    unknown = unknown_numbers(known_ptr, known_b, known_t, b, t, p, live, KNOWN)
     read = live if KNOWN == 2 else unknown  # a mask that changes inside a row splits its loads
     pred = tl.load(pred_ptr + b * pred_b + c * pred_c + t * pred_t + p, mask=read, other=0.0)
     at = target_ptr + b * target_b + c * target_c + t * target_t + p
@@ -166,7 +145,7 @@ def launch_noising(
     x0, noise = planes(x0), x0 if noise is None else planes(noise)
     own = alpha if known_alpha is None else known_alpha
     block, warps, blocks = pieces(H * W, 0 if H * W % 4 == 0 else 3)
-    known, known_steps, kind = _known(known, x0)
+    known, known_steps, kind = known_arguments(known, x0)
     _noising[(x0.shape[0] * C * T * blocks,)](
         x0, noise, alpha if seeds is None else seeds, alpha, sigma, known, own,
         sigma if known_sigma is None else known_sigma, noisy, made, C, T, H * W, blocks,
@@ -190,7 +169,7 @@ def launch_mse(
     sums = pred.new_empty(B * parts, dtype=torch.float32)
     counts = pred.new_empty(B * parts, dtype=torch.int32)
     pred, target = planes(pred), planes(target)
-    known, known_steps, kind = _known(known, pred)
+    known, known_steps, kind = known_arguments(known, pred)
     _square_sums[(B * parts,)](
         pred, target, known, sums, counts, C, T, H * W, blocks,
         *steps(pred, 3), *steps(target, 3), *known_steps, KNOWN=kind, BLOCK=block, num_warps=warps,
@@ -212,21 +191,12 @@ def launch_mse_backward(
         return dpred
     block, warps, blocks = pieces(H * W)
     pred, target = planes(pred), planes(target)
-    known, known_steps, kind = _known(known, pred)
+    known, known_steps, kind = known_arguments(known, pred)
     _slope[(B * C * T * blocks,)](
         dloss, pred, target, known, weight, dpred, C, T, H * W, blocks, *steps(dloss, 1),
         *steps(pred, 3), *steps(target, 3), *known_steps, KNOWN=kind, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return dpred
-
-
-def _known(known: Tensor | None, like: Tensor) -> tuple[Tensor, tuple[int, ...], int]:
-    """A tensor to point at, its steps along batch and frames, and what it knows."""
-    if known is None:
-        return like, (0, 0), NONE
-    cells = known.dim() == 4
-    known = (planes(known) if cells else known).view(torch.uint8)
-    return known, steps(known, 2), CELLS if cells else FRAMES
 
 
 def _variant(name, kernel, constants, dtype="bf16", HW=4096):
@@ -235,9 +205,9 @@ def _variant(name, kernel, constants, dtype="bf16", HW=4096):
     pointers = dict.fromkeys(("x0_ptr", "noise_ptr", "noisy_ptr", "pred_ptr", "dpred_ptr"), dtype)
     pointers |= dict.fromkeys(("target_ptr",), dtype)
     pointers |= {"seeds_ptr": "i64", "known_ptr": "u8", "counts_ptr": "i32"}
-    floats = ("alpha_ptr", "sigma_ptr", "known_alpha_ptr", "known_sigma_ptr")
-    floats += ("sums_ptr", "loss_ptr", "weight_ptr", "dloss_ptr")
-    pointers |= dict.fromkeys(floats, "fp32")
+    levels = ("alpha_ptr", "sigma_ptr", "known_alpha_ptr", "known_sigma_ptr")
+    sums = ("sums_ptr", "loss_ptr", "weight_ptr", "dloss_ptr")
+    pointers |= dict.fromkeys((*levels, *sums), "fp32")
     types = {name: f"*{dtype}:16" for name, dtype in pointers.items()}
     types |= {
         f"{name}_{axis}": "i32:16" for name in ("x0", "noise", "pred", "target") for axis in "bct"

@@ -111,11 +111,12 @@ def _noising_gradient(ctx, dnoisy, dtarget):
         dtarget = torch.zeros_like(dnoisy)
     target = "eps" if ctx.target == "none" else ctx.target
     wide = torch.promote_types(dnoisy.dtype, torch.float32)
+    alpha, sigma, *known = ctx.saved_tensors
     dx0, dnoise = reference.noising_backward(
-        dnoisy.to(wide), dtarget.to(wide), *ctx.saved_tensors, target
+        dnoisy.to(wide), dtarget.to(wide), alpha, sigma, *known, target=target
     )
-    dnoise = None if ctx.noise_dtype is None else dnoise.to(ctx.noise_dtype)
-    return dx0.to(dnoisy.dtype), None, None, dnoise, *(None,) * 6
+    given = None if ctx.noise_dtype is None else dnoise.to(ctx.noise_dtype)
+    return dx0.to(dnoisy.dtype), None, None, given, *(None,) * 6
 
 
 def _save_mse(ctx, inputs, output):

@@ -18,13 +18,12 @@ def levels(alpha, sigma, known, known_alpha, known_sigma, like) -> tuple[Tensor,
     alpha, sigma = (level[:, None, :, None, None].to(like.dtype) for level in (alpha, sigma))
     if known is None:
         return alpha, sigma
-    given = (1.0, 0.0)
-    if known_alpha is not None:
-        given = (
-            level[:, None, :, None, None].to(like.dtype) for level in (known_alpha, known_sigma)
-        )
-    own_alpha, own_sigma = given
     cells = known_cells(known)
+    if known_alpha is None:
+        return alpha.where(~cells, 1.0), sigma.where(~cells, 0.0)
+    own_alpha, own_sigma = (
+        level[:, None, :, None, None].to(like.dtype) for level in (known_alpha, known_sigma)
+    )
     return torch.where(cells, own_alpha, alpha), torch.where(cells, own_sigma, sigma)
 
 
