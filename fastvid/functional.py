@@ -6,12 +6,18 @@ whatever device its tensors are on.
 
 from fastvid.kernels._shared.visibility import FrameLayout, Visibility
 from fastvid.kernels.masked_attention.op import masked_attention
-from fastvid.kernels.modulate.op import norm_modulate
+from fastvid.kernels.modulate.op import (
+    gated_residual,
+    gated_residual_norm_modulate,
+    norm_modulate,
+)
 from fastvid.kernels.temporal_attention.op import temporal_attention
 
 __all__ = [
     "FrameLayout",
     "Visibility",
+    "gated_residual",
+    "gated_residual_norm_modulate",
     "masked_attention",
     "norm_modulate",
     "temporal_attention",

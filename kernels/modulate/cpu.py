@@ -1,141 +1,150 @@
-"""The CPU paths of `norm_modulate`: PyTorch's fused pieces, and the compiled kernel."""
+"""The ops in PyTorch on the CPU: what float16, float64 and a machine without a compiler get.
+
+The tokens that share a row of modulation are a group, (groups, tokens, D) in all. They are taken
+in pieces that stay in the cache through all passes over them, and only a piece is ever widened.
+"""
 
 import torch
 from torch import Tensor
 
-from .reference import per_group
+PIECE = 65536  # numbers that are taken at once
 
-# Groups of at least so many tokens go through PyTorch's LayerNorm one by one.
-LONG_GROUP = 16
+
+def add(x: Tensor, h: Tensor, gate: Tensor | None) -> Tensor:
+    """`x + gate * h` in the dtype of x."""
+    total = x.new_empty(x.shape)
+    if gate is None:
+        return torch.add(x, h, out=total)
+    rows = gate if gate.dim() == 3 else gate.unsqueeze(1)
+    G = max(rows.shape[1], 1)
+    x, h, grouped = (t.unflatten(1, (G, t.shape[1] // G)) for t in (x, h, total))
+    torch.addcmul(x, rows.unsqueeze(2), h, out=grouped)
+    return total
+
+
+def add_backward(dsum: Tensor, h: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """dh, dgate."""
+    groups = _Groups(h, gate)
+    rows = groups.modulation(gate)
+    dh, dgate = h.new_empty(groups.shape), torch.zeros_like(rows)
+    dsum, h_ = groups.tokens(dsum), groups.tokens(h)
+    for piece in groups.pieces():
+        wide = dsum[piece].to(rows.dtype)
+        torch.mul(wide, rows[piece[0]], out=dh[piece])
+        dgate[piece[0]] += (wide * h_[piece]).sum(1, keepdim=True)
+    return dh.view(h.shape), groups.summed(dgate, gate)
 
 
 def forward(x, shift, scale, rms, eps, dtype):
-    """LayerNorm or RMSNorm in float32 (float64 for float64), modulated in place."""
-    if _in_long_groups(x, scale, rms):
-        return _forward_by_group(x, shift, scale, eps, dtype)
-    wide = x.to(_accumulator(x))
-    if rms:
-        mean = wide.new_empty(0)
-        rstd = torch.rsqrt(wide.square().mean(-1) + eps)
-        y = wide * rstd.unsqueeze(-1)
-    else:
-        y, mean, rstd = torch.native_layer_norm(wide, x.shape[-1:], None, None, eps)
-        mean, rstd = mean.squeeze(-1), rstd.squeeze(-1)
-    grouped = _by_group(y, scale)
-    torch.addcmul(_rows(shift, y), grouped, 1 + _rows(scale, y), out=grouped)
-    return y.to(dtype).contiguous(), mean, rstd
+    """y, mean, rstd: LayerNorm or RMSNorm in float32 (float64 for float64), modulated."""
+    groups = _Groups(x, scale)
+    offset, gain = groups.modulation(shift), 1 + groups.modulation(scale)
+    y = x.new_empty(groups.shape, dtype=dtype)
+    mean, rstd = gain.new_empty((2, *groups.shape[:2], 1))
+    tokens, D = groups.tokens(x), x.shape[-1:]
+    for piece in groups.pieces():
+        part, affine = tokens[piece], (gain[piece[0]], offset[piece[0]])
+        if rms:
+            wide = part.to(gain.dtype)
+            rstd[piece] = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+            y[piece] = torch.addcmul(affine[1], wide * rstd[piece], affine[0])
+        elif (
+            len(part) == 1
+        ):  # modulation is the affine part of LayerNorm: rounded once, in one pass
+            y[piece], mean[piece], rstd[piece] = torch.native_layer_norm(
+                part, D, affine[0].view(D), affine[1].view(D), eps
+            )
+        else:
+            normed, mean[piece], rstd[piece] = torch.native_layer_norm(
+                part.to(gain.dtype), D, None, None, eps
+            )
+            y[piece] = torch.addcmul(affine[1], normed, affine[0])
+    rows = x.shape[:2]
+    return y.view(x.shape), mean.new_empty(0) if rms else mean.view(rows), rstd.view(rows)
 
 
-def backward(dy, x, scale, mean, rstd, rms):
-    """dx, dshift, dscale."""
-    if _in_long_groups(x, scale, rms):
-        return _backward_by_group(dy, x, scale, mean, rstd)
-    wide = x.to(_accumulator(x))
-    dy = dy.to(wide.dtype)
-    mean, rstd = mean.unsqueeze(-1), rstd.unsqueeze(-1)
-    dnormed = (_by_group(dy, scale) * (1 + _rows(scale, dy))).flatten(1, 2)
-    normed = wide * rstd if rms else (wide - mean).mul_(rstd)
-    if rms:
-        dx = torch.addcmul(dnormed, normed, (dnormed * normed).mean(-1, keepdim=True), value=-1)
-        dx *= rstd
-    else:
-        dx, _, _ = torch.ops.aten.native_layer_norm_backward(
-            dnormed, wide, x.shape[-1:], mean, rstd, None, None, [True, False, False]
-        )
-    dshift, dscale = per_group(dy, scale), per_group(normed.mul_(dy), scale)
-    return dx.to(x.dtype).contiguous(), dshift.to(scale.dtype), dscale.to(scale.dtype)
+def backward(dy, x, scale, mean, rstd, rms, dsum=None, h=None, gate=None):
+    """dx, dshift, dscale of `norm_modulate`; with `dsum`, dx, dh, dgate, dshift, dscale.
 
-
-def _in_long_groups(x: Tensor, scale: Tensor, rms: bool) -> bool:
-    """Where a wide copy of the whole of x would cost more than a call per group."""
-    narrow = x.dtype in (torch.bfloat16, torch.float16)
-    return narrow and not rms and x.shape[1] >= LONG_GROUP * max(_groups(scale), 1)
-
-
-def _forward_by_group(x, shift, scale, eps, dtype):
-    """Modulation is the affine part of LayerNorm: float32 beside a narrow x, and rounded once."""
-    y = x.new_empty(x.shape, dtype=dtype)
-    mean, rstd = x.new_empty((2, *x.shape[:2]), dtype=torch.float32)
-    gain, offset = _rows(1 + scale.float(), mean), _rows(shift, mean)
-    for b, g, rows in _each_group(x, scale, most=x.shape[1]):
-        affine = gain[b % len(gain), g, 0].contiguous(), offset[b % len(offset), g, 0].contiguous()
-        y[b, rows], m, r = torch.native_layer_norm(x[b, rows], x.shape[-1:], *affine, eps)
-        mean[b, rows], rstd[b, rows] = m.squeeze(-1), r.squeeze(-1)
-    return y, mean, rstd
-
-
-def _backward_by_group(dy, x, scale, mean, rstd):
-    """As `backward`, on wide copies of so few tokens that they stay in the cache."""
-    dx = x.new_empty(x.shape)
-    gain = _rows(1 + scale.float(), mean)
+    `x` is then the sum; dh and dgate are empty without a gate.
+    """
+    groups = _Groups(x, scale)
+    gain = 1 + groups.modulation(scale)
+    dx = x.new_empty(groups.shape)
     dshift, dscale = gain.new_zeros((2, *gain.shape))
-    for b, g, rows in _each_group(x, scale, most=128):
-        own, stats = b % len(gain), (mean[b, rows, None], rstd[b, rows, None])
-        wide, upstream = x[b, rows].float(), dy[b, rows].float()
-        dx[b, rows], _, _ = torch.ops.aten.native_layer_norm_backward(
-            upstream * gain[own, g], wide, x.shape[-1:], *stats, None, None, [True, False, False]
-        )
-        dshift[own, g, 0] += upstream.sum(0)
-        dscale[own, g, 0] += wide.sub_(stats[0]).mul_(stats[1]).mul_(upstream).sum(0)
-    return dx, dshift.to(scale.dtype).view(scale.shape), dscale.to(scale.dtype).view(scale.shape)
+    stats = [t.reshape(*groups.shape[:2], 1) if t.numel() else t for t in (mean, rstd)]
+    tokens, upstream = groups.tokens(x), groups.tokens(dy)
+    if dsum is not None:
+        dsum = groups.tokens(dsum)
+    if gate is not None:
+        rows, branch = groups.modulation(gate), groups.tokens(h)
+        dh, dgate = h.new_empty(groups.shape), torch.zeros_like(rows)
+    for piece in groups.pieces():
+        wide, dy_ = tokens[piece].to(gain.dtype), upstream[piece].to(gain.dtype)
+        r, gain_ = stats[1][piece], gain[piece[0]]
+        if rms:
+            normed, g = wide * r, dy_ * gain_
+            dx_ = torch.addcmul(g, normed, (g * normed).mean(-1, keepdim=True), value=-1).mul_(r)
+        else:
+            normed = (wide - stats[0][piece]).mul_(r)
+            dx_, _, _ = torch.ops.aten.native_layer_norm_backward(
+                dy_ * gain_,
+                wide,
+                x.shape[-1:],
+                stats[0][piece],
+                r,
+                None,
+                None,
+                [True, False, False],
+            )
+        dshift[piece[0]] += dy_.sum(1, keepdim=True)
+        dscale[piece[0]] += normed.mul_(dy_).sum(1, keepdim=True)
+        if dsum is not None:
+            dx_ += dsum[piece]
+        if gate is not None:
+            dgate[piece[0]] += torch.mul(dx_, branch[piece], out=normed).sum(1, keepdim=True)
+            torch.mul(dx_, rows[piece[0]], out=dh[piece])
+        dx[piece] = dx_
+    norm_gradients = groups.summed(dshift, scale), groups.summed(dscale, scale)
+    if dsum is None:
+        return dx.view(x.shape), *norm_gradients
+    if gate is None:
+        return dx.view(x.shape), x.new_empty(0), x.new_empty(0), *norm_gradients
+    return dx.view(x.shape), dh.view(x.shape), groups.summed(dgate, gate), *norm_gradients
 
 
-def _each_group(x: Tensor, modulation: Tensor, most: int):
-    """Sample, group and a slice of at most `most` of its tokens."""
-    tokens = x.shape[1] // _groups(modulation)
-    for b in range(x.shape[0]):
-        for g in range(_groups(modulation)):
-            for start in range(0, tokens, most):
-                first = g * tokens + start
-                yield b, g, slice(first, first + min(most, tokens - start))
+class _Groups:
+    """How (B, N, D) tokens fall into groups of one row of modulation."""
 
+    def __init__(self, x: Tensor, modulation: Tensor):
+        self.batch, N, D = x.shape
+        self.per_sample = modulation.shape[1] if modulation.dim() == 3 else 1
+        self.shape = (self.batch * self.per_sample, N // max(self.per_sample, 1), D)
+        self.wide = torch.float64 if x.dtype == torch.float64 else torch.float32
 
-def _groups(modulation: Tensor) -> int:
-    return modulation.shape[1] if modulation.dim() == 3 else 1
+    def tokens(self, rows: Tensor) -> Tensor:
+        """(B, N, D) as (groups, tokens, D)."""
+        return rows.reshape(self.shape)
 
+    def modulation(self, rows: Tensor) -> Tensor:
+        """(B|1, D) or (B|1, T, D) as (groups, 1, D), wide."""
+        groups, _, D = self.shape
+        rows = rows.to(self.wide).reshape(len(rows), self.per_sample, D)
+        return rows.expand(self.batch, -1, -1).reshape(groups, 1, D)
 
-def _accumulator(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+    def summed(self, rows: Tensor, like: Tensor) -> Tensor:
+        """The transpose of `modulation`: in the shape and dtype of `like`."""
+        if len(like) != self.batch:
+            rows = rows.view(self.batch, self.per_sample, self.shape[2]).sum(0)
+        return rows.reshape(like.shape).to(like.dtype)
 
-
-def _by_group(rows: Tensor, modulation: Tensor) -> Tensor:
-    """(B, N, D) viewed as (B, groups, tokens, D)."""
-    groups = _groups(modulation)
-    return rows.unflatten(1, (groups, rows.shape[1] // max(groups, 1)))
-
-
-def _rows(modulation: Tensor, like: Tensor) -> Tensor:
-    """(B|1, D) or (B|1, groups, D) viewed as (B|1, groups, 1, D), in the dtype of `like`."""
-    groups = modulation if modulation.dim() == 3 else modulation.unsqueeze(1)
-    return groups.unsqueeze(2).to(like.dtype)
-
-
-def compiled_serves(*dtypes: torch.dtype) -> bool:
-    """Whether the C++ kernel knows these dtypes."""
-    return all(dtype in (torch.float32, torch.bfloat16) for dtype in dtypes)
-
-
-def compiled_forward(x, shift, scale, rms, eps, dtype):
-    """The C++ kernel."""
-    x, shift, scale = _rows_together(x), _rows_together(shift), _rows_together(scale)
-    y = x.new_empty(x.shape, dtype=dtype)
-    rstd = x.new_empty(x.shape[:2], dtype=torch.float32)
-    mean = rstd.new_empty(0) if rms else torch.empty_like(rstd)
-    if y.numel():
-        torch.ops.fastvid_cpp.norm_modulate(x, shift, scale, rms, eps, y, mean, rstd)
-    return y, mean, rstd
-
-
-def compiled_backward(dy, x, scale, mean, rstd, rms):
-    """The C++ kernel."""
-    dy, x, scale = _rows_together(dy), _rows_together(x), _rows_together(scale)
-    dx = x.new_empty(x.shape)
-    if not dx.numel():
-        return dx, scale.new_zeros(scale.shape), scale.new_zeros(scale.shape)
-    dshift, dscale = scale.new_empty(scale.shape), scale.new_empty(scale.shape)
-    torch.ops.fastvid_cpp.norm_modulate_backward(dy, x, scale, mean, rstd, rms, dx, dshift, dscale)
-    return dx, dshift, dscale
-
-
-def _rows_together(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    def pieces(self):
+        """Slices of groups and of their tokens: several whole groups, or a part of one."""
+        groups, tokens, D = self.shape
+        rows = max(PIECE // max(D, 1), 1)
+        if groups == 0 or tokens == 0:
+            return
+        step = max(rows // tokens, 1)
+        for first in range(0, groups, step):
+            for start in range(0, tokens, rows):
+                yield slice(first, first + step), slice(start, start + rows)
