@@ -40,7 +40,7 @@ def forward(x, shift, scale, rms, eps, dtype):
     groups = _Groups(x, scale)
     offset, gain = groups.modulation(shift), 1 + groups.modulation(scale)
     y = x.new_empty(groups.shape, dtype=dtype)
-    mean, rstd = gain.new_empty((2, *groups.shape[:2], 1))
+    mean, rstd = (gain.new_empty((*groups.shape[:2], 1)) for _ in range(2))
     tokens, D = groups.tokens(x), x.shape[-1:]
     for piece in groups.pieces():
         part, affine = tokens[piece], (gain[piece[0]], offset[piece[0]])
@@ -71,7 +71,7 @@ def backward(dy, x, scale, mean, rstd, rms, dsum=None, h=None, gate=None):
     groups = _Groups(x, scale)
     gain = 1 + groups.modulation(scale)
     dx = x.new_empty(groups.shape)
-    dshift, dscale = gain.new_zeros((2, *gain.shape))
+    dshift, dscale = torch.zeros_like(gain), torch.zeros_like(gain)
     stats = [t.reshape(*groups.shape[:2], 1) if t.numel() else t for t in (mean, rstd)]
     tokens, upstream = groups.tokens(x), groups.tokens(dy)
     if dsum is not None:
