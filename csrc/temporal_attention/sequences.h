@@ -4,22 +4,6 @@
 
 #define INLINE TARGET inline __attribute__((always_inline))
 
-INLINE float widen(float value) { return value; }
-INLINE float widen(bf16 value) {
-  const uint32_t bits = uint32_t(value) << 16;
-  float wide;
-  std::memcpy(&wide, &bits, sizeof wide);
-  return wide;
-}
-
-INLINE void narrow(float value, float* out) { *out = value; }
-INLINE void narrow(float value, bf16* out) {  // to nearest, ties to even; NaN stays NaN
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  *out = bf16(value != value ? 0x7fc0 : rounded);
-}
-
 // 2^x for x <= 0, to one or two units in the last place; below 2^-126 it stays there.
 INLINE float exp2_of(float x) {
   const float magic = 12582912;  // 1.5 * 2^23: adding it rounds to an integer

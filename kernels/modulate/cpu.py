@@ -35,8 +35,11 @@ def add_backward(dsum: Tensor, h: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]
     return dh.view(h.shape), groups.summed(dgate, gate)
 
 
-def forward(x, shift, scale, rms, eps, dtype):
-    """y, mean, rstd: LayerNorm or RMSNorm in float32 (float64 for float64), modulated."""
+def forward(x, h, gate, shift, scale, rms, eps, dtype):
+    """The sum (None without h), y, mean, rstd. Float32 inside, for float64 float64."""
+    total = None
+    if h is not None:
+        x = total = add(x, h, gate)
     groups = _Groups(x, scale)
     offset, gain = groups.modulation(shift), 1 + groups.modulation(scale)
     y = x.new_empty(groups.shape, dtype=dtype)
@@ -60,57 +63,48 @@ def forward(x, shift, scale, rms, eps, dtype):
             )
             y[piece] = torch.addcmul(affine[1], normed, affine[0])
     rows = x.shape[:2]
-    return y.view(x.shape), mean.new_empty(0) if rms else mean.view(rows), rstd.view(rows)
+    mean = mean.new_empty(0) if rms else mean.view(rows)
+    return total, y.view(x.shape), mean, rstd.view(rows)
 
 
-def backward(dy, x, scale, mean, rstd, rms, dsum=None, h=None, gate=None):
-    """dx, dshift, dscale of `norm_modulate`; with `dsum`, dx, dh, dgate, dshift, dscale.
-
-    `x` is then the sum; dh and dgate are empty without a gate.
-    """
-    groups = _Groups(x, scale)
+def backward(dsum, dy, total, h, gate, scale, mean, rstd, rms):
+    """dx, dh, dgate, dshift, dscale; dh and dgate are empty without a gate."""
+    groups, D = _Groups(total, scale), total.shape[-1:]
+    tokens, upstream = groups.tokens(total), groups.tokens(dy)
     gain = 1 + groups.modulation(scale)
-    dx = x.new_empty(groups.shape)
+    dx = total.new_empty(groups.shape)
     dshift, dscale = torch.zeros_like(gain), torch.zeros_like(gain)
-    stats = [t.reshape(*groups.shape[:2], 1) if t.numel() else t for t in (mean, rstd)]
-    tokens, upstream = groups.tokens(x), groups.tokens(dy)
+    mean, rstd = (t.reshape(*groups.shape[:2], 1) if t.numel() else t for t in (mean, rstd))
+    dh, dgate = total.new_empty(0), total.new_empty(0)
     if dsum is not None:
         dsum = groups.tokens(dsum)
     if gate is not None:
         rows, branch = groups.modulation(gate), groups.tokens(h)
-        dh, dgate = h.new_empty(groups.shape), torch.zeros_like(rows)
+        dh, dgate = h.new_empty(groups.shape), torch.zeros_like(gain)
     for piece in groups.pieces():
-        wide, dy_ = tokens[piece].to(gain.dtype), upstream[piece].to(gain.dtype)
-        r, gain_ = stats[1][piece], gain[piece[0]]
+        own = piece[0]
+        wide, dy_, r = tokens[piece].to(gain.dtype), upstream[piece].to(gain.dtype), rstd[piece]
         if rms:
-            normed, g = wide * r, dy_ * gain_
-            dx_ = torch.addcmul(g, normed, (g * normed).mean(-1, keepdim=True), value=-1).mul_(r)
+            normed, g = wide * r, dy_ * gain[own]
+            along = (g * normed).mean(-1, keepdim=True)
+            dx_ = torch.addcmul(g, normed, along, value=-1).mul_(r)
         else:
-            normed = (wide - stats[0][piece]).mul_(r)
+            normed = (wide - mean[piece]).mul_(r)
             dx_, _, _ = torch.ops.aten.native_layer_norm_backward(
-                dy_ * gain_,
-                wide,
-                x.shape[-1:],
-                stats[0][piece],
-                r,
-                None,
-                None,
-                [True, False, False],
+                dy_ * gain[own], wide, D, mean[piece], r, None, None, [True, False, False]
             )
-        dshift[piece[0]] += dy_.sum(1, keepdim=True)
-        dscale[piece[0]] += normed.mul_(dy_).sum(1, keepdim=True)
+        dshift[own] += dy_.sum(1, keepdim=True)
+        dscale[own] += normed.mul_(dy_).sum(1, keepdim=True)
         if dsum is not None:
             dx_ += dsum[piece]
-        if gate is not None:
-            dgate[piece[0]] += torch.mul(dx_, branch[piece], out=normed).sum(1, keepdim=True)
-            torch.mul(dx_, rows[piece[0]], out=dh[piece])
         dx[piece] = dx_
-    norm_gradients = groups.summed(dshift, scale), groups.summed(dscale, scale)
-    if dsum is None:
-        return dx.view(x.shape), *norm_gradients
-    if gate is None:
-        return dx.view(x.shape), x.new_empty(0), x.new_empty(0), *norm_gradients
-    return dx.view(x.shape), dh.view(x.shape), groups.summed(dgate, gate), *norm_gradients
+        if gate is not None:
+            torch.mul(dx_, rows[own], out=dh[piece])
+            dgate[own] += dx_.mul_(branch[piece]).sum(1, keepdim=True)
+    if gate is not None:
+        dh, dgate = dh.view(total.shape), groups.summed(dgate, gate)
+    dshift, dscale = groups.summed(dshift, scale), groups.summed(dscale, scale)
+    return dx.view(total.shape), dh, dgate, dshift, dscale
 
 
 class _Groups:

@@ -63,14 +63,15 @@ def _(dy, x, scale, mean, rstd, rms):
 
 @torch.library.impl("fastvid::norm_modulate", "CPU")
 def _(x, shift, scale, rms, eps, dtype):
-    path = _cpu_path("norm_modulate", x, scale, dtype)
-    return path.forward(x, shift, scale, rms, eps, dtype)
+    path = _cpu_path("norm_modulate", x.dtype, {dtype}, shift)
+    return path.forward(x, None, None, shift, scale, rms, eps, dtype)[1:]
 
 
 @torch.library.impl("fastvid::norm_modulate_backward", "CPU")
 def _(dy, x, scale, mean, rstd, rms):
-    path = _cpu_path("norm_modulate_backward", x, scale, dy)
-    return path.backward(dy, x, scale, mean, rstd, rms)
+    path = _cpu_path("norm_modulate_backward", x.dtype, {dy.dtype}, scale)
+    found = path.backward(None, dy, x, None, None, scale, mean, rstd, rms)
+    return found[0], *found[3:]
 
 
 @torch.library.impl("fastvid::gated_residual", "CPU")
@@ -81,26 +82,26 @@ def _(x, h, gate):
 
 @torch.library.impl("fastvid::gated_residual_backward", "CPU")
 def _(dsum, h, gate):
-    announce("gated_residual_backward", "PyTorch")
-    return cpu.add_backward(dsum, h, gate)
+    path = _cpu_path("gated_residual_backward", dsum.dtype, {h.dtype}, gate)
+    return path.add_backward(dsum, h, gate)
 
 
 @torch.library.impl("fastvid::gated_residual_norm_modulate", "CPU")
 def _(x, h, gate, shift, scale, rms, eps, dtype):
-    announce("gated_residual_norm_modulate", "PyTorch")
-    total = cpu.add(x, h, gate)
-    return total, *cpu.forward(total, shift, scale, rms, eps, dtype)
+    path = _cpu_path("gated_residual_norm_modulate", x.dtype, {h.dtype, dtype}, gate, shift)
+    return path.forward(x, h, gate, shift, scale, rms, eps, dtype)
 
 
 @torch.library.impl("fastvid::gated_residual_norm_modulate_backward", "CPU")
 def _(dsum, dy, total, h, gate, scale, mean, rstd, rms):
-    announce("gated_residual_norm_modulate_backward", "PyTorch")
-    return cpu.backward(dy, total, scale, mean, rstd, rms, dsum, h, gate)
+    branch = {dy.dtype} if h is None else {dy.dtype, h.dtype}
+    path = _cpu_path("gated_residual_norm_modulate_backward", total.dtype, branch, gate, scale)
+    return path.backward(dsum, dy, total, h, gate, scale, mean, rstd, rms)
 
 
-def _cpu_path(op, *served):
+def _cpu_path(op, *dtypes):
     """The module that computes `op`: the C++ where it is there and knows all dtypes."""
-    found = native.loaded() and compiled.serves(*served)
+    found = native.loaded() and compiled.serves(*dtypes)
     announce(op, "C++" if found else "PyTorch")
     return compiled if found else cpu
 
