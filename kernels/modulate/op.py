@@ -58,6 +58,39 @@ def _(dy, x, scale, mean, rstd, rms):
         return launch_backward(dy, x, scale, mean, rstd, rms)
 
 
+@torch.library.impl("fastvid::gated_residual", "CUDA")
+def _(x, h, gate):
+    announce("gated_residual", "PyTorch")  # one pass already
+    return cpu.add(x, h, gate)
+
+
+@torch.library.impl("fastvid::gated_residual_backward", "CUDA")
+def _(dsum, h, gate):
+    from .residual import launch_residual_backward
+
+    announce("gated_residual_backward", "Triton")
+    with torch.cuda.device_of(h):
+        return launch_residual_backward(dsum, h, gate)
+
+
+@torch.library.impl("fastvid::gated_residual_norm_modulate", "CUDA")
+def _(x, h, gate, shift, scale, rms, eps, dtype):
+    from .residual import launch_forward
+
+    announce("gated_residual_norm_modulate", "Triton")
+    with torch.cuda.device_of(x):
+        return launch_forward(x, h, gate, shift, scale, rms, eps, dtype)
+
+
+@torch.library.impl("fastvid::gated_residual_norm_modulate_backward", "CUDA")
+def _(dsum, dy, total, h, gate, scale, mean, rstd, rms):
+    from .residual import launch_backward
+
+    announce("gated_residual_norm_modulate_backward", "Triton")
+    with torch.cuda.device_of(total):
+        return launch_backward(dsum, dy, total, h, gate, scale, mean, rstd, rms)
+
+
 # ---- on the CPU
 
 
