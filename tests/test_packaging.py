@@ -1,5 +1,6 @@
 """What is shipped, and what comes with `import fastvid`."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -201,9 +202,31 @@ def test_check_of_the_installation_finds_what_nothing_may_need(check_install, di
 def test_check_of_the_installation_finds_a_replaced_torch(check_install):
     run = check_install(torch_pin="0.0.1")
     assert run.returncode == 1
-    assert "constraints.txt says 0.0.1" in run.stderr
+    assert "constraints.txt says torch==0.0.1" in run.stderr
 
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="CUDA packages belong here")
 def test_check_of_the_installation_passes_here(check_install):
     assert check_install("nvidia-ml-py").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("pin", "version", "fine"),
+    [
+        ("torch==2.13.0", "2.13.0", True),
+        ("torch==2.13.0", "2.13.0+cpu", True),  # which build it is, the index decides
+        ("torch==2.13.0", "2.13.0+cu130", True),
+        ("torch==2.13.0", "2.14.0", False),
+        ("torch==2.13.0", "2.14.0+cpu", False),
+        ("torch==2.13.0", "2.13.0a0+git1234567", False),
+        ("torch==2.13.0", "2.13.0.dev20260801+cpu", False),
+        ("torch==2.13.0+cpu", "2.13.0+cu130", False),  # a pin that names its build means it
+    ],
+)
+def test_check_of_the_installation_takes_any_build_of_the_pinned_release(pin, version, fine):
+    requirements = pytest.importorskip("packaging.requirements")
+    spec = importlib.util.spec_from_file_location("check_install", ROOT / ".ci/check_install.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = module.faults([requirements.Requirement(pin)], {"torch": version}, gpu=True)
+    assert found == ([] if fine else [f"torch is {version}, constraints.txt says {pin}"])

@@ -235,35 +235,48 @@ def draw_task(
     *,
     steps: int = DDIM_STEPS,
 ) -> None:
-    """TASK.png, TASK.mp4 and TASK.gif in `out`: the clips beside the model and the rival."""
+    """TASK.png, TASK.mp4, TASK.gif in `out`: truth, rival, the model's mean and one sample."""
     from fastvid.data.video import write_gif, write_mp4
+    from fastvid.diffusion.sampling import draw_noise, one_step_x0, seeded
     from fastvid.metrics import linear_blend
     from fastvid.training.build import build_schedule
     from fastvid.training.sample import sample_task
     from fastvid.training.sheets import Row, moving_sheet, save_contact_sheet
 
-    made = sample_task(
+    schedule, prediction = build_schedule(config.diffusion), config.diffusion.prediction
+    made, known = sample_task(
         model,
         codec,
-        build_schedule(config.diffusion),
+        schedule,
         clips,
         task=task,
         seeds=range(len(clips)),
         frames=clips.shape[2],
         given=config.diffusion.given.get(task),
         steps=steps,
-        prediction=config.diffusion.prediction,
+        prediction=prediction,
         clip=1.0,
     )
-    trivial = linear_blend(clips, made.known)
-    words = "blended" if task == "interpolate" else "last copied"
+    latents = codec.encode(clips)
+    noise = draw_noise(latents.shape, seeded(range(len(clips))))
+    mean = codec.decode(
+        one_step_x0(model, noise, schedule, known=known, clean=latents, prediction=prediction)
+    )
+    rows = {
+        "truth": clips,
+        "blended" if task == "interpolate" else "last copied": linear_blend(clips, known),
+        "model, mean": mean,
+        "model, one sample": made,
+    }
     lines = [
-        [Row("clip", clip), Row("model, one sample", video, known), Row(words, rival, known)]
-        for clip, video, known, rival in zip(clips, *made, trivial, strict=True)
+        [Row(label, video[i], known[i]) for label, video in rows.items()] for i in range(len(clips))
     ]
-    rows = [row for line in lines for row in line]
     save_contact_sheet(
-        out / f"{task}.png", rows, title=f"{task}: given frames are outlined", cell=96
+        out / f"{task}.png",
+        [row for line in lines for row in line],
+        title=f"{task}: given frames are outlined",
+        cell=128,
+        group=len(rows),
     )
     moving = moving_sheet(lines)
     write_mp4(out / f"{task}.mp4", moving, FPS)

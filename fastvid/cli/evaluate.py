@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fastvid.training.evaluate import Metric
 
 
+@torch.inference_mode()
 def main(argv: Sequence[str]) -> int:
     from tqdm import tqdm
 
@@ -31,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     metrics, fvd = _metrics(options, device)  # first: a missing file should not cost a sampling
     model, config, codec = load_run(options.run)
-    model, codec = model.to(device), codec.to(device)
+    model, codec = model.to(device).fold(), codec.to(device)
     clips = _clips(options, config, codec)
     task, given = options.task, options.given
     if task == "image-to-video" and given is None:

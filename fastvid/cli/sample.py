@@ -26,6 +26,7 @@ class Clip(NamedTuple):
     fps: float
 
 
+@torch.inference_mode()
 def main(argv: Sequence[str]) -> int:
     from tqdm import tqdm
 
@@ -41,6 +42,7 @@ def main(argv: Sequence[str]) -> int:
     frames = options.frames or config.data.frames
     if options.one_pass and frames > model.config.frames:
         model = with_frames(model, frames)
+    model.fold()
     task, given = options.task, options.given
     if given is None:
         given = config.diffusion.given.get(task)

@@ -198,8 +198,9 @@ def write_mp4(
 ) -> Path:
     """Write an H.264 file that plays everywhere (yuv420p), or nothing at all.
 
-    The file appears under its name only when it is complete. Colours are stored at half the
-    resolution, so both sides must be even: an odd side gets its last row or column twice.
+    The file appears under its name only when it is complete; on one machine the same frames always
+    give the same bytes. Colours are stored at half the resolution, so both sides must be even: an
+    odd side gets its last row or column twice.
 
     Args:
         video: (T, 3, H, W) uint8, RGB.
@@ -226,7 +227,13 @@ def write_mp4(
         stream: Any = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(65535))
         stream.height, stream.width = pixels.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": str(quality), "g": str(key_every), "threads": "1"}
+        stream.options = {
+            "crf": str(quality),
+            "g": str(key_every),
+            "threads": "1",
+            # Both read memory that x264 never wrote: the same pictures gave other bytes by chance.
+            "x264-params": "mbtree=0:trellis=0",
+        }
         stream.codec_context.colorspace = 6  # BT.601, which is what the conversion below makes
         stream.codec_context.color_range = 1
         for image in pixels:

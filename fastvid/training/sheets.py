@@ -15,6 +15,7 @@ from fastvid.data.atomic import whole
 GIVEN = (230, 112, 0)  # outline of what the model was shown: orange, told apart by the colour-blind
 _INK, _PAPER = (32, 32, 32), (255, 255, 255)
 _GAP, _LINE, _FONT = 6, 4, 15  # pixels: between frames, of the outline, of the letters
+_APART = 18  # pixels more between groups of rows
 
 
 class Row(NamedTuple):
@@ -32,6 +33,7 @@ def save_contact_sheet(
     title: str = "",
     cell: int = 112,
     columns: int = 16,
+    group: int = 1,
 ) -> Path:
     """Write clips as one PNG: a line per clip, frames from left to right, given parts outlined.
 
@@ -42,6 +44,7 @@ def save_contact_sheet(
     Args:
         rows: clips of one length and frame size.
         title: a line above the sheet.
+        group: rows that belong together: wider gaps set every `group` of them apart.
     Raises:
         ValueError: no rows, or rows that differ in length or frame size.
     """
@@ -49,7 +52,7 @@ def save_contact_sheet(
     T = rows[0].video.shape[1]
     shown = np.unique(np.linspace(0, T - 1, min(T, columns)).round().astype(int))
     cells = [[_frame(row, t, cell) for t in shown] for row in rows]
-    sheet = _grid(cells, [row.label for row in rows], [str(t) for t in shown], title)
+    sheet = _grid(cells, [row.label for row in rows], [str(t) for t in shown], title, group)
     path = Path(path)
     with whole(path) as part:
         sheet.save(part, format="PNG")
@@ -164,7 +167,11 @@ def _outline(known: np.ndarray, H: int, W: int) -> np.ndarray:
 
 
 def _grid(
-    cells: Sequence[Sequence[np.ndarray]], rows: Sequence[str], columns: Sequence[str], title: str
+    cells: Sequence[Sequence[np.ndarray]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    title: str,
+    group: int = 1,
 ) -> Any:
     """Pictures (H, W, 3) of one size in lines, on white, with labels to the left and above."""
     from PIL import Image, ImageDraw, ImageFont
@@ -175,13 +182,15 @@ def _grid(
     left = _GAP + (widest + _GAP if widest else 0)
     top = _GAP + (_FONT + _GAP if title else 0) + _FONT + _GAP
     width = max(left + len(cells[0]) * (W + _GAP), 2 * _GAP + round(font.getlength(title)))
-    sheet = Image.new("RGB", (width, top + len(cells) * (H + _GAP)), _PAPER)
+    apart = _APART if group > 1 else 0
+    height = top + len(cells) * (H + _GAP) + (len(cells) - 1) // group * apart
+    sheet = Image.new("RGB", (width, height), _PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((_GAP, _GAP), title, _INK, font)
     for x, label in enumerate(columns):
         draw.text((left + x * (W + _GAP) + W / 2, top - _GAP), label, _INK, font, anchor="mb")
     for y, (label, line) in enumerate(zip(rows, cells, strict=True)):
-        at = top + y * (H + _GAP)
+        at = top + y * (H + _GAP) + y // group * apart
         draw.text((left - _GAP, at + H / 2), label, _INK, font, anchor="rm")
         for x, cell in enumerate(line):
             sheet.paste(Image.fromarray(cell), (left + x * (W + _GAP), at))

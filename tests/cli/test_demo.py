@@ -2,8 +2,10 @@
 
 import json
 from dataclasses import replace
+from itertools import combinations
 
 import pytest
+import torch
 
 pytest.importorskip("av")
 pytest.importorskip("tqdm")
@@ -12,6 +14,9 @@ pytest.importorskip("matplotlib")
 from fastvid.cli import demo, main
 from fastvid.data.synthetic import make_motion_clips
 from fastvid.data.video import probe, write_mp4
+from fastvid.models.vdt import VDT
+from fastvid.training import sheets
+from fastvid.training.codec import build_codec
 from fastvid.training.log import read_log
 from fastvid.training.loop import train
 from fastvid.training.runs import load_run, summarize
@@ -58,6 +63,35 @@ def test_a_dry_run_leaves_every_file(tmp_path, capsys):
         rows = {"sample", "one_step_mean", "copy_nearest", "linear_blend"}
         assert set(scores["rows"]) == rows
         assert all(0 < row["psnr"] < 60 for row in scores["rows"].values())
+
+
+def test_sheets_show_the_truth_the_rival_the_mean_and_a_sample(tmp_path, monkeypatch):
+    config = demo.demo_config(tmp_path, dry_run=True)
+    torch.manual_seed(0)
+    model = VDT(config.model).eval()
+    torch.nn.init.normal_(model.final.weight, std=0.05)
+    drawn = []
+    monkeypatch.setattr(sheets, "save_contact_sheet", lambda path, rows, **_: drawn.append(rows))
+    clips = torch.rand(2, 3, 9, 32, 32) * 2 - 1
+    codec = build_codec(config.codec)
+    for task, rival in (("predict", "last copied"), ("interpolate", "blended")):
+        demo.draw_task(tmp_path, model, codec, config, clips, task, steps=3)
+        rows = drawn.pop()
+        assert [row.label for row in rows] == [
+            "truth",
+            rival,
+            "model, mean",
+            "model, one sample",
+        ] * 2
+        for clip, four in zip(clips, (rows[:4], rows[4:]), strict=True):
+            known = four[0].known
+            assert 0 < known.sum() < 9
+            assert all(torch.equal(row.known, known) for row in four)
+            assert torch.equal(four[0].video, clip)
+            for row in four[1:]:
+                torch.testing.assert_close(row.video[:, known], clip[:, known])
+            made = [row.video[:, ~known] for row in four]
+            assert all((a - b).abs().max() > 0.01 for a, b in combinations(made, 2))
 
 
 def test_a_model_that_learned_nothing_fails_loudly(tmp_path, capsys, few_clips):

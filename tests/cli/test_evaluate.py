@@ -9,7 +9,7 @@ from fastvid.cli import main
 from fastvid.data.synthetic import make_motion_clips
 from fastvid.models.vdt import VDT, VDTConfig
 from fastvid.training.config import CodecConfig, DataConfig, DiffusionConfig, TrainConfig
-from fastvid.training.runs import export
+from fastvid.training.runs import export, load_run
 
 pytest.importorskip("av")
 pytest.importorskip("tqdm")
@@ -71,6 +71,29 @@ def test_prints_the_table_and_writes_the_same_numbers(run, clips, tmp_path, caps
         assert f"{result['rows'][row]['psnr']:.2f}" in printed
         assert f"{result['rows'][row]['ssim']:.4f}" in printed
     assert str(out) in printed
+
+
+def test_scores_are_those_of_the_plain_model(run, clips, tmp_path, monkeypatch):
+    """The verb folds `temporal_fc` away and tracks nothing for autograd."""
+    from fastvid.training import evaluate as library
+
+    plain, seen = library.evaluate, []
+
+    def watched(model, *arguments, **options):
+        folded = not any("temporal.fc" in name for name, _ in model.named_parameters())
+        made = plain(model, *arguments, **options)
+        again = plain(load_run(run)[0], *arguments, **options)
+        seen.append((folded, torch.is_inference_mode_enabled(), made["rows"], again["rows"]))
+        return made
+
+    monkeypatch.setattr(library, "evaluate", watched)
+    options = ("--samples", 1, "--clips", 2, "--out", tmp_path / "metrics.json")
+    assert evaluate(run, "--task", "predict", "--data", clips, *options) == 0
+    ((folded, inference, made, again),) = seen
+    assert folded
+    assert inference
+    assert made.keys() == again.keys()
+    assert all(made[row] == pytest.approx(again[row], rel=1e-5) for row in made)
 
 
 def test_without_data_scores_what_the_run_held_out(run, capsys):

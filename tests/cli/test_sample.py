@@ -15,7 +15,7 @@ from fastvid.data.synthetic import make_motion_clips
 from fastvid.data.video import probe, read_clip, write_mp4
 from fastvid.models.vdt import VDT, VDTConfig
 from fastvid.training.config import CodecConfig, DataConfig, DiffusionConfig, TrainConfig
-from fastvid.training.runs import export
+from fastvid.training.runs import export, load_run
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +66,31 @@ def sample(run, tmp_path):
 def sheet(path):
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB")).astype(int)
+
+
+@pytest.mark.parametrize("frames", [8, 12])
+def test_samples_are_those_of_the_plain_model(sample, run, clip, monkeypatch, frames):
+    """The verb folds `temporal_fc` away and tracks nothing for autograd."""
+    from fastvid.training import sample as library
+
+    plain, seen = library.sample_task, []
+
+    def watched(model, codec, *arguments, **options):
+        folded = not any("temporal.fc" in name for name, _ in model.named_parameters())
+        made = plain(model, codec, *arguments, **options)
+        whole = load_run(run)[0]
+        if frames > whole.config.frames:
+            whole = library.with_frames(whole, frames)
+        again = plain(whole, codec, *arguments, **options)
+        seen.append((folded, torch.is_inference_mode_enabled(), made.video - again.video))
+        return made
+
+    monkeypatch.setattr(library, "sample_task", watched)
+    assert sample("--task", "predict", "--input", clip, "--one-pass", "--frames", frames) == 0
+    ((folded, inference, difference),) = seen
+    assert folded
+    assert inference
+    assert difference.abs().max() < 1e-5
 
 
 @pytest.mark.parametrize(

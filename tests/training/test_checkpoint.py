@@ -285,3 +285,75 @@ def test_killed_saves_never_lose_or_mix_a_checkpoint(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) > 0  # saves were under way
+
+
+RANK_KILLS = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from fastvid.training.checkpoint import checkpoints, latest, load_state, prune, save_state
+from fastvid.training.distributed import World
+
+torch.set_num_threads(1)
+folder, kills = Path(sys.argv[1]), int(sys.argv[2])
+made = lambda step: {f"t{i}": torch.full((64, 64), float(step)) for i in range(8)}
+
+def save_until_killed(rank, meeting, step):
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    world = World(rank, 2, torch.device("cpu"), init_device_mesh("cpu", (2,)))
+    while True:
+        step += 1
+        save_state(folder, step, made(step), {"step": step}, world=world)
+        if world.first:
+            prune(folder, step, keep=2)
+
+def start(*arguments):
+    if child := os.fork():
+        return child
+    try:
+        save_until_killed(*arguments)
+    finally:
+        os._exit(1)  # the other rank is gone
+
+def ended(child, deadline):
+    while os.waitpid(child, os.WNOHANG) == (0, 0):
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            sys.exit("a rank hangs after the other was killed")
+        time.sleep(0.01)
+
+save_state(folder, 0, made(0), {"step": 0})
+rng, step = random.Random(0), 0
+for number in range(kills):
+    pair = [start(rank, folder / f".meeting-{number}", step) for rank in (0, 1)]
+    while max(checkpoints(folder)) == step:  # until saves are under way
+        time.sleep(0.01)
+    time.sleep(rng.uniform(0, 0.1))
+    for victim in rng.choice(([0], [1], [0, 1])):
+        os.kill(pair[victim], signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    for child in pair:
+        ended(child, deadline)
+    loaded = made(-1)
+    found = latest(folder)
+    step = load_state(found, loaded)["step"]
+    assert found.name == f"step-{step:08d}", found
+    assert all((tensor == step).all() for tensor in loaded.values()), step
+print(step)
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_a_killed_rank_neither_loses_a_checkpoint_nor_keeps_the_other_waiting(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-c", RANK_KILLS, str(tmp_path), "6"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) >= 6  # every pair saved

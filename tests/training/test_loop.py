@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastvid.models import vdt
 from fastvid.training import checkpoint, loop, setup
 from fastvid.training.checkpoint import checkpoints
 from fastvid.training.config import OptimConfig, write_config
@@ -154,11 +155,25 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(config, tmp_path, aw
             torch.testing.assert_close(parts[name], gradient, rtol=0, atol=allowed, msg=name)
 
 
-def test_bf16_and_recomputed_blocks_train(config):
-    folder = train(config(precision="bf16", checkpoint_blocks=2))
-    assert {t.dtype for n, t in saved(folder, 4)[0].items() if n.startswith("model.")} == {
-        torch.float32
-    }
+def test_bf16_computes_in_half_and_keeps_full_weights(config, tmp_path, awake):
+    same = {"init": awake, "log_every": 1}
+    full = train(config(folder=str(tmp_path / "full"), **same))
+    half = train(config(folder=str(tmp_path / "half"), precision="bf16", **same))
+    losses = [[line["loss"] for line in told(folder) if "loss" in line] for folder in (full, half)]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    kept = {t.dtype for n, t in saved(half, 4)[0].items() if n.startswith("model.")}
+    assert kept == {torch.float32}
+
+
+def test_recomputed_blocks_change_no_bit(config, tmp_path, awake, monkeypatch):
+    plain = train(config(folder=str(tmp_path / "plain"), init=awake))
+    again, recomputed = vdt.checkpoint, []
+    monkeypatch.setattr(vdt, "checkpoint", lambda *a, **k: recomputed.append(1) or again(*a, **k))
+    made = train(config(folder=str(tmp_path / "again"), init=awake, checkpoint_blocks=1))
+    assert len(recomputed) == 4  # one block in each of four steps
+    one, other = saved(plain, 4)[0], saved(made, 4)[0]
+    assert [n for n in one if not torch.equal(one[n], other[n])] == []
 
 
 def poison(monkeypatch, steps, what):

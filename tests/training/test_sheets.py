@@ -75,6 +75,16 @@ def test_long_clips_show_evenly_spaced_frames_with_both_ends(tmp_path):
     assert middle[:5].tolist() == [0, 64, 128, 191, 255]
 
 
+def test_groups_of_rows_stand_apart(tmp_path):
+    rows = [Row("", torch.full((3, 1, 8, 8), -1.0))] * 5
+    sheet = pixels(save_contact_sheet(tmp_path / "a.png", rows, cell=16, group=2))
+    dark = np.flatnonzero((sheet[:, 6 + 8] == 0).all(-1))
+    starts = dark[np.diff(dark, prepend=-2) > 1]
+    assert np.diff(starts).tolist() == [22, 40, 22, 40]
+    assert len(dark) == 5 * 16
+    assert sheet.shape[0] - dark[-1] == 7  # the gap below is no wider than others
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
