@@ -1,37 +1,43 @@
 """The ops in PyTorch on the CPU: what float16, float64 and a machine without a compiler get.
 
 The tokens that share a row of modulation are a group, (groups, tokens, D) in all. They are taken
-in pieces that stay in the cache through all passes over them, and only a piece is ever widened.
+in pieces that stay in the cache through all passes over them. Where a piece lies in one group,
+the modulation is the affine part of PyTorch's LayerNorm, forward and backward: one pass.
 """
+
+from itertools import repeat
 
 import torch
 from torch import Tensor
 
-PIECE = 65536  # numbers that are taken at once
+PIECE = 2**19  # numbers that are taken at once
+WORTH_A_CALL = 2**14  # numbers of a group that is taken by itself
+NARROW = (torch.float16, torch.bfloat16)
+layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
 
 
 def add(x: Tensor, h: Tensor, gate: Tensor | None) -> Tensor:
     """`x + gate * h` in the dtype of x."""
-    total = x.new_empty(x.shape)
+    total = out = x.new_empty(x.shape)
     if gate is None:
         return torch.add(x, h, out=total)
     rows = gate if gate.dim() == 3 else gate.unsqueeze(1)
-    G = max(rows.shape[1], 1)
-    x, h, grouped = (t.unflatten(1, (G, t.shape[1] // G)) for t in (x, h, total))
-    torch.addcmul(x, rows.unsqueeze(2), h, out=grouped)
+    if rows.shape[1] not in (1, x.shape[1]):
+        groups = rows.shape[1], x.shape[1] // rows.shape[1]
+        x, h, out = (t.unflatten(1, groups) for t in (x, h, total))
+        rows = rows.unsqueeze(2)
+    torch.addcmul(x, rows, h, out=out)
     return total
 
 
 def add_backward(dsum: Tensor, h: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     """dh, dgate."""
     groups = _Groups(h, gate)
-    rows = groups.modulation(gate)
-    dh, dgate = h.new_empty(groups.shape), torch.zeros_like(rows)
-    dsum, h_ = groups.tokens(dsum), groups.tokens(h)
-    for piece in groups.pieces():
-        wide = dsum[piece].to(rows.dtype)
-        torch.mul(wide, rows[piece[0]], out=dh[piece])
-        dgate[piece[0]] += (wide * h_[piece]).sum(1, keepdim=True)
+    dh, dgate = h.new_empty(groups.shape), groups.zeros()
+    inputs = groups.tokens(dsum), groups.tokens(h), groups.modulation(gate, gate.dtype)
+    for dsum_, h_, gate_, dh_, dgate_ in groups.pieces(False, *inputs, dh, dgate):
+        torch.mul(dsum_, gate_, out=dh_)
+        dgate_ += (dsum_.to(dgate.dtype) * h_).sum(1, keepdim=True)
     return dh.view(h.shape), groups.summed(dgate, gate)
 
 
@@ -41,27 +47,27 @@ def forward(x, h, gate, shift, scale, rms, eps, dtype):
     if h is not None:
         x = total = add(x, h, gate)
     groups = _Groups(x, scale)
-    offset, gain = groups.modulation(shift), 1 + groups.modulation(scale)
+    tokens, D = groups.tokens(x), x.shape[-1:]
+    gain, offset = 1 + groups.modulation(scale), groups.modulation(shift)
     y = x.new_empty(groups.shape, dtype=dtype)
     mean, rstd = (gain.new_empty((*groups.shape[:2], 1)) for _ in range(2))
-    tokens, D = groups.tokens(x), x.shape[-1:]
-    for piece in groups.pieces():
-        part, affine = tokens[piece], (gain[piece[0]], offset[piece[0]])
+    by_itself = not rms and x.dtype in (gain.dtype, dtype)
+    for x_, gain_, offset_, y_, mean_, rstd_ in groups.pieces(
+        by_itself, tokens, gain, offset, y, mean, rstd
+    ):
         if rms:
-            wide = part.to(gain.dtype)
-            rstd[piece] = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-            y[piece] = torch.addcmul(affine[1], wide * rstd[piece], affine[0])
-        elif (
-            len(part) == 1
-        ):  # modulation is the affine part of LayerNorm: rounded once, in one pass
-            y[piece], mean[piece], rstd[piece] = torch.native_layer_norm(
-                part, D, affine[0].view(D), affine[1].view(D), eps
-            )
+            wide = x_.to(gain.dtype)
+            torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps, out=rstd_)
+            found = torch.addcmul(offset_, wide * rstd_, gain_)
+        elif len(x_) == 1 and by_itself:
+            found, *stats = torch.native_layer_norm(x_, D, gain_.view(D), offset_.view(D), eps)
         else:
-            normed, mean[piece], rstd[piece] = torch.native_layer_norm(
-                part.to(gain.dtype), D, None, None, eps
-            )
-            y[piece] = torch.addcmul(affine[1], normed, affine[0])
+            normed, *stats = torch.native_layer_norm(x_.to(gain.dtype), D, None, None, eps)
+            found = torch.addcmul(offset_, normed, gain_)
+        y_.copy_(found)
+        if not rms:
+            mean_.copy_(stats[0])
+            rstd_.copy_(stats[1])
     rows = x.shape[:2]
     mean = mean.new_empty(0) if rms else mean.view(rows)
     return total, y.view(x.shape), mean, rstd.view(rows)
@@ -69,42 +75,55 @@ def forward(x, h, gate, shift, scale, rms, eps, dtype):
 
 def backward(dsum, dy, total, h, gate, scale, mean, rstd, rms):
     """dx, dh, dgate, dshift, dscale; dh and dgate are empty without a gate."""
-    groups, D = _Groups(total, scale), total.shape[-1:]
-    tokens, upstream = groups.tokens(total), groups.tokens(dy)
+    groups = _Groups(total, scale)
     gain = 1 + groups.modulation(scale)
-    dx = total.new_empty(groups.shape)
-    dshift, dscale = torch.zeros_like(gain), torch.zeros_like(gain)
-    mean, rstd = (t.reshape(*groups.shape[:2], 1) if t.numel() else t for t in (mean, rstd))
-    dh, dgate = total.new_empty(0), total.new_empty(0)
-    if dsum is not None:
-        dsum = groups.tokens(dsum)
+    dx, dshift, dscale = total.new_empty(groups.shape), groups.zeros(), groups.zeros()
+    dh = rows = dgate = None
     if gate is not None:
-        rows, branch = groups.modulation(gate), groups.tokens(h)
-        dh, dgate = h.new_empty(groups.shape), torch.zeros_like(gain)
-    for piece in groups.pieces():
-        own = piece[0]
-        wide, dy_, r = tokens[piece].to(gain.dtype), upstream[piece].to(gain.dtype), rstd[piece]
-        if rms:
-            normed, g = wide * r, dy_ * gain[own]
-            along = (g * normed).mean(-1, keepdim=True)
-            dx_ = torch.addcmul(g, normed, along, value=-1).mul_(r)
-        else:
-            normed = (wide - mean[piece]).mul_(r)
-            dx_, _, _ = torch.ops.aten.native_layer_norm_backward(
-                dy_ * gain[own], wide, D, mean[piece], r, None, None, [True, False, False]
-            )
-        dshift[own] += dy_.sum(1, keepdim=True)
-        dscale[own] += normed.mul_(dy_).sum(1, keepdim=True)
+        dh, dgate = h.new_empty(groups.shape), groups.zeros()
+        rows = groups.modulation(gate, gate.dtype)
+    dsum, dy, h = (t if t is None else groups.tokens(t) for t in (dsum, dy, h))
+    mean, rstd = (t.reshape(*groups.shape[:2], 1) if t.numel() else None for t in (mean, rstd))
+    tokens = dsum, dy, groups.tokens(total), h, mean, rstd, dx, dh
+    by_itself = not rms and total.dtype in NARROW
+    for (
+        dsum_, dy_, total_, h_, mean_, rstd_, dx_, dh_, gain_, rows_, dshift_, dscale_, dgate_
+    ) in groups.pieces(by_itself, *tokens, gain, rows, dshift, dscale, dgate):  # fmt: skip
+        found, by_shift, by_scale = _through_norm(dy_, total_, gain_, mean_, rstd_)
+        dshift_ += by_shift
+        dscale_ += by_scale
         if dsum is not None:
-            dx_ += dsum[piece]
-        dx[piece] = dx_
+            found += dsum_
+        dx_.copy_(found)
         if gate is not None:
-            torch.mul(dx_, rows[own], out=dh[piece])
-            dgate[own] += dx_.mul_(branch[piece]).sum(1, keepdim=True)
-    if gate is not None:
+            torch.mul(found, rows_, out=dh_)
+            dgate_ += found.mul_(h_).sum(1, keepdim=True)
+    if dh is None or dgate is None:
+        dh, dgate = total.new_empty(0), total.new_empty(0)
+    else:
         dh, dgate = dh.view(total.shape), groups.summed(dgate, gate)
     dshift, dscale = groups.summed(dshift, scale), groups.summed(dscale, scale)
     return dx.view(total.shape), dh, dgate, dshift, dscale
+
+
+def _through_norm(dy, x, gain, mean, rstd):
+    """dx, dshift, dscale of a piece, wide; without a mean, of RMSNorm."""
+    D, alone, narrow = x.shape[-1:], len(x) == 1, x.dtype in NARROW
+    x, dy = x.to(gain.dtype), dy.to(gain.dtype)
+    if mean is not None and alone and narrow:
+        weight = gain.view(D)
+        dx, dscale, dshift = layer_norm_backward(dy, x, D, mean, rstd, weight, weight, [True] * 3)
+        return dx, dshift, dscale
+    # LayerNorm adds one row after the other: too coarse beside float32 tokens, `sum` is not.
+    if mean is None:
+        normed, g = x * rstd, dy * gain
+        along = (g * normed).mean(-1, keepdim=True)
+        dx = torch.addcmul(g, normed, along, value=-1).mul_(rstd)
+    else:
+        normed = (x - mean).mul_(rstd)
+        g, weight = (dy, gain.view(D)) if alone else (dy * gain, None)
+        dx, _, _ = layer_norm_backward(g, x, D, mean, rstd, weight, None, [True, False, False])
+    return dx, dy.sum(1, keepdim=True), normed.mul_(dy).sum(1, keepdim=True)
 
 
 class _Groups:
@@ -120,11 +139,15 @@ class _Groups:
         """(B, N, D) as (groups, tokens, D)."""
         return rows.reshape(self.shape)
 
-    def modulation(self, rows: Tensor) -> Tensor:
-        """(B|1, D) or (B|1, T, D) as (groups, 1, D), wide."""
+    def modulation(self, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """(B|1, D) or (B|1, T, D) as (groups, 1, D), wide unless a dtype is given."""
         groups, _, D = self.shape
-        rows = rows.to(self.wide).reshape(len(rows), self.per_sample, D)
+        rows = rows.to(dtype or self.wide).reshape(len(rows), self.per_sample, D)
         return rows.expand(self.batch, -1, -1).reshape(groups, 1, D)
+
+    def zeros(self) -> Tensor:
+        """Wide sums for a row per group."""
+        return torch.zeros(self.shape[0], 1, self.shape[2], dtype=self.wide)
 
     def summed(self, rows: Tensor, like: Tensor) -> Tensor:
         """The transpose of `modulation`: in the shape and dtype of `like`."""
@@ -132,13 +155,23 @@ class _Groups:
             rows = rows.view(self.batch, self.per_sample, self.shape[2]).sum(0)
         return rows.reshape(like.shape).to(like.dtype)
 
-    def pieces(self):
-        """Slices of groups and of their tokens: several whole groups, or a part of one."""
+    def pieces(self, by_itself: bool, *tensors: Tensor | None):
+        """Tuples of views: of several whole groups, or of a part of one.
+
+        Args:
+            by_itself: no piece holds several groups if they are worth a call each.
+            tensors: (groups, tokens, ...) or (groups, 1, ...); None stays None.
+        """
         groups, tokens, D = self.shape
-        rows = max(PIECE // max(D, 1), 1)
         if groups == 0 or tokens == 0:
             return
-        step = max(rows // tokens, 1)
-        for first in range(0, groups, step):
-            for start in range(0, tokens, rows):
-                yield slice(first, first + step), slice(start, start + rows)
+        rows = max(PIECE // max(D, 1), 1)
+        single = by_itself and tokens * D >= WORTH_A_CALL
+        step = 1 if single else max(rows // tokens, 1)
+        split = (repeat(None) if t is None else t.split(step) for t in tensors)
+        for parts in zip(*split, strict=False):
+            if tokens <= rows:
+                yield parts
+                continue
+            split = (repeat(t) if t is None or t.shape[1] == 1 else t.split(rows, 1) for t in parts)
+            yield from zip(*split, strict=False)

@@ -172,11 +172,13 @@ def launch_residual_backward(dsum: Tensor, h: Tensor, gate: Tensor) -> tuple[Ten
 
 def _launch(inputs, stats, outputs, rms):
     """`_backward`, then the sums over chunks and over samples that share a modulation."""
-    dsum, dy, total, h, gate, scale = (t if t is None else rows_together(t) for t in inputs)
+    dsum, *others = inputs
+    dsum = rows_together(dsum)
+    dy, total, h, gate, scale = (t if t is None else rows_together(t) for t in others)
     dx, dh, dgate, dshift, dscale = outputs
     norm, gated = scale is not None, gate is not None
     B, N, D = dsum.shape
-    groups, rows, block_d = split(N, D, gate if gated else scale)
+    groups, rows, block_d = split(N, D, inputs[4] if gated else inputs[5])
     block_n, warps = BACKWARD[block_d]
     chunk, chunks = chunks_of(B * groups, rows)
     size = (B * groups * chunks, D)
