@@ -7,6 +7,7 @@ registers differently, so `--update` only widens what is there: delete the file 
 
 import argparse
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -34,8 +35,11 @@ def rooms() -> list[str]:
     return sorted(path.parent.name for path in KERNELS.glob("*/kernel.py"))
 
 
-def variants(room: str) -> list[Variant]:
-    """The `VARIANTS` of a room."""
+def variants(room: str, everything: bool = False) -> list[Variant]:
+    """The `VARIANTS` of a room, or all that its `launch_<room>.py` names beyond them."""
+    launches = f"benchmarks.kernels.launch_{room}"
+    if everything and importlib.util.find_spec(launches):
+        return importlib.import_module(launches).all_variants()
     return importlib.import_module(f"fastvid.kernels.{room}.kernel").VARIANTS
 
 
@@ -112,9 +116,12 @@ class Compilation(NamedTuple):
     found: dict[str, int] | None
 
 
-def compile_one(room: str, variant: str, architecture: str) -> Compilation:
+def compile_one(
+    room: str, variant: str, architecture: str, everything: bool = False
+) -> Compilation:
     """Compile the variant of that name."""
-    (chosen,) = (candidate for candidate in variants(room) if candidate.name == variant)
+    known = variants(room, everything)
+    (chosen,) = (candidate for candidate in known if candidate.name == variant)
     start = time.perf_counter()
     compiled = compile_variant(chosen, architecture)
     seconds = time.perf_counter() - start
@@ -122,8 +129,13 @@ def compile_one(room: str, variant: str, architecture: str) -> Compilation:
     return Compilation(room, variant, architecture, seconds, found)
 
 
-def check_room(room: str, compilations: Iterable[Compilation], update: bool) -> bool:
-    """Print a row per compilation of a room and say whether all are within its budget."""
+def check_room(
+    room: str, compilations: Iterable[Compilation], update: bool, everything: bool = False
+) -> bool:
+    """Print a row per compilation of a room and say whether all are within its budget.
+
+    Of `everything`, what has no budget is printed and said to spill, no more.
+    """
     path = KERNELS / room / "budget.json"
     budgets = json.loads(path.read_text()) if path.exists() else {}
     good = True
@@ -136,12 +148,23 @@ def check_room(room: str, compilations: Iterable[Compilation], update: bool) -> 
         if update:
             budget = budgets[architecture][variant] = widened(found, budget)
         over = excess(found, budget) if budget else ["not in budget.json: --update"]
-        good = good and not over
+        if everything and not budget:
+            over = ["spills"] if found["stack"] else []
+        else:
+            good = good and not over
         row += "".join(f" {found[key]:>{len(key)}}" for key in (*MOST, *FEWEST))
         print(row, "; ".join(over), flush=True)
     if update:
         path.write_text(json.dumps(budgets, indent=1, sort_keys=True) + "\n")
     return good
+
+
+def without_interpreter(verb: str, argv: list[str]) -> int | None:
+    """Run the verb where Triton compiles, and return its status; None if that is here."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return None
+    environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.call([sys.executable, "-m", "benchmarks", verb, *argv], env=environment)
 
 
 def main(argv: list[str]) -> int:
@@ -150,10 +173,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--room", action="append", choices=rooms(), help="default: every room")
     parser.add_argument("--arch", action="append", choices=(*ARCHITECTURES, *UNBUDGETED))
     parser.add_argument("--update", action="store_true", help="widen the budgets to what is found")
+    parser.add_argument("--all", action="store_true", help="beyond VARIANTS; takes many minutes")
     arguments = parser.parse_args(argv)
-    if os.environ.get("TRITON_INTERPRET") == "1":  # Triton would not compile in this process
-        os.environ.pop("TRITON_INTERPRET")
-        return subprocess.call([sys.executable, "-m", "benchmarks", "compile", *argv])
+    if arguments.all and arguments.update:
+        parser.error("--update keeps the budgets of VARIANTS, without --all")
+    if (code := without_interpreter("compile", argv)) is not None:
+        return code
     import triton
 
     print(f"Triton {triton.__version__}")
@@ -163,7 +188,12 @@ def main(argv: list[str]) -> int:
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:  # one process per core
         within = []
         for room in arguments.room or rooms():
-            tasks = [(room, v.name, arch) for v in variants(room) for arch in architectures]
+            tasks = [
+                (room, variant.name, architecture, arguments.all)
+                for variant in variants(room, arguments.all)
+                for architecture in architectures
+                if architecture in (variant.architectures or architectures)
+            ]
             compilations = pool.map(compile_one, *zip(*tasks, strict=True))
-            within.append(check_room(room, compilations, arguments.update))
+            within.append(check_room(room, compilations, arguments.update, arguments.all))
     return 0 if all(within) else 1

@@ -1,19 +1,17 @@
 """Measure rivals side by side: interleaved, on rotating inputs, with the match in the same row.
 
 A case binds each rival to a set of inputs and gets a thunk; only the thunk is timed. Every round
-times every rival once per input set, and the rival that goes first changes from round to round,
-because the first one after an allocation storm pays for it. On a GPU the time is that of a
-CUDA-graph replay (device time), and the wall time of eager calls stands beside it.
+times every rival once per input set (`timing.py`). On a GPU the time is that of a CUDA-graph
+replay (device time), and the wall time of eager calls stands beside it. `README.md` names every
+column of a row.
 """
 
-import functools
+import dataclasses
 import json
+import math
 import os
-import platform
-import statistics
-import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,10 @@ import torch
 import torch._functorch.config as functorch
 from torch import Tensor
 
-Thunk = Callable[[], Any]
-ROOT = Path(__file__).parent.parent
+from benchmarks.machine import cache_bytes, environment, gpu_state
+from benchmarks.timing import Clock, Thunk, interleave, quantile, quantiles, replay, wait, wall
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,41 +79,50 @@ def measure(
     device: torch.device,
     *,
     seconds: float = 1.0,
+    budget: float = math.inf,
+    sets: int = 128,
     ceilings: dict[str, float] | None = None,
-    clock: Callable[[], float] = time.perf_counter,
-) -> list[dict[str, Any]]:
+    clock: Clock = time.perf_counter,
+) -> list[Row]:
     """One row per rival.
+
+    A rival that raises has a row that says what; the others are measured all the same.
 
     Args:
         seconds: how long all rivals are timed together, after a warm-up of a fifth of it.
+        budget: seconds for the whole case. When they are over no further rival is begun and no
+            further round starts.
+        sets: at most so many sets of inputs, which together are three times the last cache.
         ceilings: what `measure_ceilings` returned, for the percentages.
         clock: seconds; a test passes its own.
     """
+    options = {"seconds": seconds, "budget": budget, "sets": sets, "ceilings": ceilings}
     if device.type == "cuda" and torch.cuda.current_stream() == torch.cuda.default_stream():
         # Autograd walks a graph on the stream that made it, and the default one is never captured.
         with torch.cuda.stream(torch.cuda.Stream()):
-            return measure(case, device, seconds=seconds, ceilings=ceilings, clock=clock)
+            return measure(case, device, clock=clock, **options)
     torch._dynamo.reset()  # else the compiled rival falls back after eight cases
-    inputs = _rotating(case, device)
+    end = clock() + budget
+    inputs = _rotating(case, device, sets)
     worth = judge(case, inputs[0])
     thunks: dict[str, list[Thunk]] = {}
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[str, Row] = {}
     for name, bind in case.rivals.items():
-        start = clock()
-        thunks[name] = [bind(*each) for each in inputs]
-        result = thunks[name][0]()
-        _wait(device)
-        rows[name] = {"first_call_s": clock() - start, **worth(result)}
-    turns = {name: _wall(calls, device, clock) for name, calls in thunks.items()}
-    rounds = -(-5 // len(inputs))  # a round takes every set of inputs: slow rivals end in time
-    times = interleave(turns, seconds, clock, rounds)
-    if device.type == "cuda":
-        wall = times
-        replays = {name: _replay(calls) for name, calls in thunks.items()}
-        times = interleave(replays, seconds, clock)
-        for name in rows:
-            rows[name]["wall_p50_ms"] = 1e3 * quantile(wall[name], 0.5)
-            rows[name]["extra_mib"] = _extra_memory(thunks[name][0])
+        if clock() > end:
+            rows[name] = {"skipped": f"the row's {budget:.3g} s were over"}
+            continue
+        try:
+            thunks[name], result, cost = _first_calls(bind, inputs, device, clock)
+            rows[name] = {**cost, **worth(result)}
+            del result
+            if device.type == "cuda":
+                rows[name] |= _peaks(thunks[name][0])
+        except Exception as error:  # no kernel for this size, out of memory: the others go on
+            thunks.pop(name, None)
+            rows[name] = {"failed": in_one_line(error)}
+    for name, columns in _times(thunks, device, seconds, end, clock).items():
+        rows[name] |= columns
+        _rates(rows[name], case, ceilings)
     common = {
         "case": case.label,
         "room": case.room,
@@ -122,135 +131,144 @@ def measure(
         **case.shape,
         "nbytes": case.nbytes,
         "flops": case.flops,
+        "sets": len(inputs),
+        **(ceilings or {}),
         **environment(device),
+        **gpu_state(device),
     }
-    for name, row in rows.items():
-        for percent in (20, 50, 80):
-            row[f"p{percent}_ms"] = 1e3 * quantile(times[name], percent / 100)
-        median = row["p50_ms"] / 1e3
-        row["tb_per_s"] = case.nbytes / median / 1e12
-        row["tflop_per_s"] = case.flops / median / 1e12
-        if ceilings:
-            row["of_copy"] = row["tb_per_s"] / ceilings["copy_tb_per_s"]
     found = [{**common, "rival": name, **row} for name, row in rows.items()]
     return found + [{**common, "rival": name, "install": how} for name, how in case.missing.items()]
 
 
-def interleave(
-    timed: dict[str, Callable[[], list[float]]],
-    seconds: float,
-    clock: Callable[[], float] = time.perf_counter,
-    rounds: int = 5,
-) -> dict[str, list[float]]:
-    """Call every rival in turn for `seconds` and at least `rounds` rounds; all their times."""
-    names = list(timed)
-    start = clock()
-    while clock() - start < seconds / 5:  # clocks and caches settle; nothing is kept
-        for name in names:
-            timed[name]()
-    times: dict[str, list[float]] = {name: [] for name in names}
-    start, turn = clock(), 0
-    while turn < rounds or clock() - start < seconds:
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            times[name] += timed[name]()
-        turn += 1
-    return times
+def _first_calls(bind, inputs, device, clock) -> tuple[list[Thunk], Any, Row]:
+    """The thunk of every set, the first result, and what the first call cost."""
+
+    def begin():
+        start = clock()
+        thunk = bind(*inputs[0])
+        result = thunk()
+        wait(device)
+        return thunk, result, clock() - start
+
+    thunk, result, first = begin()
+    *_, again = begin()
+    cost = {"first_call_s": first, "compile_s": max(0.0, first - again)}
+    return [thunk] + [bind(*each) for each in inputs[1:]], result, cost
 
 
-def quantile(times: Iterable[float], share: float) -> float:
-    """The value below which `share` of the times lie, between neighbours by a straight line."""
-    ordered = sorted(times)
-    at = share * (len(ordered) - 1)
-    low = int(at)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
+def _times(thunks, device, seconds, end, clock) -> dict[str, Row]:
+    """The columns of time; `ratio_*` is theirs over ours, call by call."""
+    if not thunks:
+        return {}
+    rounds = -(-5 // len(next(iter(thunks.values()))))  # a round takes every set of inputs
+    turns = {name: wall(calls, device, clock) for name, calls in thunks.items()}
+    times = interleave(turns, seconds, clock, rounds, end - clock())
+    columns: dict[str, Row] = {name: {} for name in thunks}
+    if device.type == "cuda":
+        replays = {}
+        for name, calls in thunks.items():
+            columns[name]["wall_p50_ms"] = 1e3 * quantile(times[name], 0.5)
+            try:
+                replays[name] = replay(calls)
+            except Exception as error:  # it waits for the device, or its library does
+                columns[name]["not_captured"] = in_one_line(error)
+                replays[name] = turns[name]  # eager calls, then
+        times = interleave(replays, seconds, clock, limit=end - clock())
+    for name, found in times.items():
+        columns[name] |= quantiles(found, "*_ms", 1e3)
+        if "fastvid" in times:
+            pairs = zip(found, times["fastvid"], strict=True)
+            columns[name] |= quantiles((a / b for a, b in pairs), "ratio_*")
+    return columns
 
 
-def measure_ceilings(device: torch.device, quick: bool = False) -> dict[str, float]:
-    """What this machine can do today: TB/s of a copy (read + written), TFLOP/s of a matmul."""
-    on_gpu = device.type == "cuda"
-    copied = 2**31 if on_gpu else 2**25 if quick else 2**28
-    side = 8192 if on_gpu else 256 if quick else 1024
-    source = torch.empty(copied, dtype=torch.uint8, device=device).fill_(1)
-    target = torch.empty_like(source)
-    a, b = torch.randn(2, side, side, device=device).bfloat16()
-    found = {}
-    for name, thunk, work in (
-        ("copy_tb_per_s", lambda: target.copy_(source), 2 * copied),
-        ("matmul_bf16_tflop_per_s", lambda: a @ b, 2 * side**3),
-    ):
-        times = interleave({name: _wall([thunk], device, time.perf_counter)}, 0.3)
-        found[name] = work / statistics.median(times[name]) / 1e12
-    return found
+def _rates(row: Row, case: Case, ceilings: dict[str, float] | None) -> None:
+    """What was moved and computed per second, and its share of what the machine can do."""
+    median = row["p50_ms"] / 1e3
+    row["tb_per_s"] = case.nbytes / median / 1e12
+    row["tflop_per_s"] = case.flops / median / 1e12
+    if ceilings:
+        row["of_copy"] = row["tb_per_s"] / ceilings["copy_tb_per_s"]
+        if case.flops:
+            kind = "fp32" if case.dtype == torch.float32 else "bf16"
+            row["of_matmul"] = row["tflop_per_s"] / ceilings[f"matmul_{kind}_tflop_per_s"]
 
 
-@functools.cache
-def environment(device: torch.device) -> dict[str, Any]:
-    """The machine and the versions that a number belongs to."""
-    import importlib.metadata
-
-    def output(*command):
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    try:
-        triton = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        triton = None
-    from fastvid.kernels._shared import native
-
-    on_gpu = device.type == "cuda"
-    return {
-        "machine": torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
-        "device": device.type,
-        "threads": torch.get_num_threads(),
-        "compiled": native.loaded(),
-        "torch": torch.__version__,
-        "triton": triton,
-        "python": platform.python_version(),
-        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        if on_gpu
-        else None,
-        "commit": output("git", "describe", "--always", "--dirty"),
-        "date": time.strftime("%Y-%m-%d"),
-    }
+def in_one_line(error: Exception) -> str:
+    """`RuntimeError: no kernel available`."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
-def append(path: Path | None, rows: list[dict[str, Any]]) -> None:
-    """Add rows to a JSONL file, flushed, so that a cut-off run keeps what it measured."""
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
+def matches(rows: list[Row]) -> bool:
+    """Whether our results were measured and matched their oracles."""
+    return all(row.get("match", False) for row in rows if row["rival"] == "fastvid")
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows of one case, for people."""
-    lines = [rows[0]["case"]] if rows else []
-    ours = next((row["p50_ms"] for row in rows if row["rival"] == "fastvid"), None)
-    for row in rows:
-        if "install" in row:
-            lines.append(f"  {row['rival']:<10} not here: {row['install']}")
+def select(case: Case, rivals: list[str] | None) -> Case:
+    """The case with fastvid, eager (which sets the tolerance) and these rivals; None: with all."""
+    if rivals is None:
+        return case
+    wanted = {"fastvid", "eager", *rivals}
+    kept = {name: bind for name, bind in case.rivals.items() if name in wanted}
+    missing = {name: how for name, how in case.missing.items() if name in wanted}
+    return dataclasses.replace(case, rivals=kept, missing=missing)
+
+
+def append(path: Path | None, rows: list[Row]) -> None:
+    """Add rows to a JSON Lines file, flushed, so that a cut-off run keeps what it measured."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+            file.write(b"\n")  # a run was killed within its last line
+        file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a JSON Lines file, none without the file; what was cut off is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
             continue
-        spread = f"{row['p50_ms']:9.3f} ms ({row['p20_ms']:.3f} to {row['p80_ms']:.3f})"
-        versus = f"{row['p50_ms'] / ours:6.2f}x" if ours else ""
-        copy = f"{100 * row['of_copy']:4.0f} % of copy" if "of_copy" in row else ""
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    """The rows of one case, for people; the ratio is theirs over ours, the median of pairs."""
+    lines = [rows[0]["case"]] if rows else []
+    for row in rows:
+        fault = next((f"{k}: {row[k]}" for k in ("failed", "skipped") if k in row), "")
+        fault = f"not here: {row['install']}" if "install" in row else fault
+        if fault:
+            lines.append(f"  {row['rival']:<12} {fault}")
+            continue
+        parts = [f"{row['p50_ms']:9.3f} ms ({row['p20_ms']:.3f} to {row['p80_ms']:.3f})".ljust(36)]
+        parts.append(f"{row['ratio_p50']:6.2f}x" if "ratio_p50" in row else " " * 7)
+        if "wall_p50_ms" in row:
+            parts.append(f"call {row['wall_p50_ms']:.3f} ms")
+        parts.append(f"{row['tb_per_s']:7.4f} TB/s")
+        parts.append(f"{100 * row['of_copy']:4.0f} % of copy" if "of_copy" in row else "")
+        if row["flops"]:
+            parts.append(f"{row['tflop_per_s']:8.3f} TFLOP/s")
+        parts.append(f"{100 * row['of_matmul']:4.0f} % of matmul" if "of_matmul" in row else "")
+        if "peak_mib" in row:
+            parts.append(f"peak {row['peak_mib']:.0f} MiB, {row['extra_mib']:.1f} of its own")
         match = "match" if row["match"] else "NO MATCH"
-        lines.append(
-            f"  {row['rival']:<10} {spread:<36} {versus:>8}"
-            f" {row['tb_per_s']:7.4f} TB/s {copy}  {match} ({row['error']:.1e})"
-        )
+        parts.append(f"{match} ({row['error']:.1e})")
+        lines.append(f"  {row['rival']:<12} " + "  ".join(part for part in parts if part))
     return "\n".join(lines)
 
 
-def _rotating(case: Case, device: torch.device) -> list[tuple[Tensor, ...]]:
+def _rotating(case: Case, device: torch.device, most: int) -> list[tuple[Tensor, ...]]:
     """Enough sets of inputs that a call finds none of its own in the last cache."""
     first = case.make_inputs(device)
-    size = sum(tensor.nbytes for tensor in first)
-    sets = max(1, min(16, -(-3 * _cache_bytes(device) // size)))
+    size = max(1, sum(tensor.nbytes for tensor in first))
+    sets = max(1, min(most, -(-3 * cache_bytes(device) // size)))
     return [first] + [case.make_inputs(device) for _ in range(sets - 1)]
 
 
@@ -297,71 +315,12 @@ def _tensors(result: Any) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else list(result)
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _wall(
-    calls: list[Thunk], device: torch.device, clock: Callable[[], float]
-) -> Callable[[], list[float]]:
-    """Seconds of each call on the CPU; the mean of a row of calls on a GPU."""
-
-    def timed():
-        if device.type == "cuda":
-            _wait(device)
-            start = clock()
-            for call in calls:
-                call()
-            _wait(device)
-            return [(clock() - start) / len(calls)]
-        times = []
-        for call in calls:
-            start = clock()
-            call()
-            times.append(clock() - start)
-        return times
-
-    return timed
-
-
-def _replay(calls: list[Thunk], repeats: int = 20) -> Callable[[], list[float]]:
-    """Device seconds per call, from replays of a CUDA graph that goes round the inputs."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-        for turn in range(repeats):
-            calls[turn % len(calls)]()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def timed():
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        return [start.elapsed_time(end) / 1e3 / repeats]
-
-    return timed
-
-
-def _extra_memory(thunk: Thunk) -> float:
-    """MiB that one call holds at its peak beyond what was there."""
+def _peaks(thunk: Thunk) -> Row:
+    """MiB that the allocator holds at the peak of a call: in all, and beyond what was there."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     thunk()
     torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
-def _cache_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).L2_cache_size
-    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
-    return max((int(path.read_text().rstrip("K\n")) * 1024 for path in sizes), default=2**25)
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
+    peak = torch.cuda.max_memory_allocated()
+    return {"peak_mib": peak / 2**20, "extra_mib": (peak - before) / 2**20}

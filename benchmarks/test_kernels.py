@@ -3,34 +3,39 @@
 import pytest
 import torch
 
-from benchmarks import harness, run
+from benchmarks import harness, machine, run
+from benchmarks.timing import wait
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def pytest_generate_tests(metafunc):
-    """One test per case and rival; tiny sizes unless --full is given."""
-    quick = not metafunc.config.getoption("--full")
+    """One test per case and rival, those included that are not installed."""
+    config = metafunc.config
+    wanted = [config.getoption("--case"), config.getoption("--shape"), config.getoption("--dtype")]
     found = [
         pytest.param(case, rival, id=f"{case.label} {rival}")
-        for room in run.rooms()
-        for case in run.cases(room, DEVICE, quick)
-        for rival in case.rivals
+        for room in config.getoption("--room") or run.rooms()
+        for case in run.cases(room, DEVICE, not config.getoption("--full"))
+        if run.is_wanted(case, *wanted)
+        for case in [harness.select(case, config.getoption("--rival"))]
+        for rival in [*case.rivals, *case.missing]
     ]
     metafunc.parametrize(("case", "rival"), found)
 
 
 def test_kernel(benchmark, case, rival):
+    if rival in case.missing:
+        pytest.skip(f"{rival} is not here: {case.missing[rival]}")
     inputs = case.make_inputs(DEVICE)
     thunk = case.rivals[rival](*inputs)
     match = harness.judge(case, inputs)(thunk())
     benchmark.group = case.label
-    benchmark.extra_info |= {**harness.environment(DEVICE), **match}
+    benchmark.extra_info |= {**machine.environment(DEVICE), **match}
 
     def timed():
         thunk()
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
+        wait(DEVICE)
 
     benchmark(timed)
     assert match["match"] or rival != "fastvid", f"off by {match['error']:.2e}"

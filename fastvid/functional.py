@@ -5,6 +5,7 @@ whatever device its tensors are on.
 """
 
 from fastvid.kernels._shared.visibility import FrameLayout, Visibility
+from fastvid.kernels.asymmetric_attention.op import asymmetric_attention
 from fastvid.kernels.masked_attention.op import masked_attention
 from fastvid.kernels.modulate.op import (
     gated_residual,
@@ -16,6 +17,7 @@ from fastvid.kernels.temporal_attention.op import temporal_attention
 __all__ = [
     "FrameLayout",
     "Visibility",
+    "asymmetric_attention",
     "gated_residual",
     "gated_residual_norm_modulate",
     "masked_attention",

@@ -1,10 +1,11 @@
 """`masked_attention` against what users have: slices, a dense mask, FlexAttention, no mask at all.
 
 "eager" is SDPA with a dense mask. "dense" rivals hide nothing, so they compute something else and
-never match: they say what the visible share is taken of.
+never match: they say what the visible share is taken of. SDPA's fourth backend, plain products,
+would need a number for every pair.
 """
 
-import importlib.util
+import functools
 import itertools
 from collections.abc import Callable
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.harness import Case, backward_of, forward_of
+from benchmarks.rivals import packages
 from fastvid.functional import FrameLayout, Visibility, masked_attention
 from fastvid.kernels.masked_attention import reference
 
@@ -36,6 +38,11 @@ def own_frame(lengths: list[int], device) -> Visibility:
     return Visibility.window(FrameLayout(lengths, device=device), 0, 0)
 
 
+def dense(lengths: list[int], device) -> Visibility:
+    """Nothing is hidden, but said by a table, so that it is our kernel that runs."""
+    return Visibility.window(FrameLayout(lengths, device=device), len(lengths), len(lengths))
+
+
 def pyramid(lengths: list[int], device) -> Visibility:
     """Text in front, then the history of a pyramid and the frame that is made."""
     layout = FrameLayout(lengths, device=device)
@@ -45,7 +52,14 @@ def pyramid(lengths: list[int], device) -> Visibility:
 HISTORY = [128, *[240] * 28, 960, 3840, 3840]  # Pyramid Flow, last unit at 768 x 1280
 # name: (visibility, B, heads, E)
 GPU = {
+    "dense 64": (lambda d: dense([1024] * 16, d), 1, 16, 64),
+    "dense 72": (lambda d: dense([1024] * 16, d), 1, 16, 72),
+    "dense 128": (lambda d: dense([1024] * 16, d), 1, 16, 128),
+    "known 4 of 16": (lambda d: identity([1024] * 16, 4, d), 1, 16, 64),
+    "causal 16": (lambda d: causal([1024] * 16, d), 1, 16, 64),
+    "known 12 of 16": (lambda d: identity([1024] * 16, 12, d), 1, 16, 64),
     "MarDini G joint": (lambda d: identity([4096] * 13, 5, d), 1, 16, 64),
+    "MarDini G spatial": (lambda d: own_frame([4096] * 13, d), 1, 16, 64),
     "MarDini P joint": (lambda d: identity([1024] * 13, 5, d), 1, 32, 128),
     "Pyramid last unit": (lambda d: pyramid(HISTORY, d), 2, 30, 64),
     "VDT spatial": (lambda d: own_frame([256] * 16, d), 4, 16, 72),
@@ -64,6 +78,16 @@ CPU = {
     "VDT spatial": (lambda d: own_frame([256] * 16, d), 1, 16, 72),
 }
 QUICK = {"causal": (lambda d: causal([16] * 4, d), 1, 2, 16)}
+
+
+def bytes_moved(forward: bool, B: int, N: int, heads: int, E: int, itemsize: int) -> int:
+    """q, k, v and out; backward reads dout as well and writes dq, dk, dv."""
+    return (4 if forward else 8) * B * N * heads * E * itemsize
+
+
+def flops(forward: bool, pairs: float, B: int, heads: int, E: int) -> int:
+    """Two products of each visible pair; backward has five, with the scores made anew."""
+    return round((4 if forward else 10) * B * heads * E * pairs)
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
@@ -88,12 +112,10 @@ def _case(name, direction, make_visibility, B, heads, E, dtype, device, quick) -
     rivals |= dense_rivals(device)
     if not quick and (forward or device.type == "cuda"):  # FlexAttention has no backward on a CPU
         rivals["flex"] = flex(visibility, N)
-    on_gpu = device.type == "cuda"
-    missing = {
-        package: f"pip install {package}"
-        for package in ("xformers", "flash-attn")
-        if on_gpu and importlib.util.find_spec(package.replace("-", "_")) is None
-    }
+    if forward and device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0):
+        rivals["fastvid, tensor descriptors"] = by_descriptors(visibility)
+    here, missing = packages.split_by_presence(device, from_packages(visibility))
+    rivals |= here
 
     def make_inputs(device):
         q, k, v = torch.randn(B, N, 3, heads, E, device=device).to(dtype).unbind(2)
@@ -108,10 +130,18 @@ def _case(name, direction, make_visibility, B, heads, E, dtype, device, quick) -
         make_inputs=make_inputs,
         rivals={rival: bind(function) for rival, function in rivals.items()},
         oracle=lambda *inputs: lambda: exact(visibility, *inputs),
-        nbytes=(4 if forward else 8) * B * N * heads * E * dtype.itemsize,
-        flops=round((4 if forward else 10) * B * heads * E * pairs),
+        nbytes=bytes_moved(forward, B, N, heads, E, dtype.itemsize),
+        flops=flops(forward, pairs, B, heads, E),
         missing=missing,
     )
+
+
+def by_descriptors(visibility: Visibility) -> Callable[..., Tensor]:
+    """The forward kernel that no launch table chooses before it is measured."""
+    from fastvid.kernels.masked_attention.kernel import launch_forward
+
+    tables = visibility.rows, visibility.row_spans
+    return lambda q, k, v: launch_forward(q, k, v, *tables, q.shape[-1] ** -0.5, True)[0]
 
 
 def heads_first(*tensors: Tensor) -> list[Tensor]:
@@ -120,16 +150,21 @@ def heads_first(*tensors: Tensor) -> list[Tensor]:
 
 def with_dense_mask(visibility: Visibility, tokens: int) -> Callable[..., Tensor]:
     """SDPA with the boolean of every pair, made beforehand."""
-    pairs = visibility.dense(tokens, tokens)[:, None]
+    pairs = functools.cache(lambda: visibility.dense(tokens, tokens)[:, None])
 
     def attend(q, k, v):
-        out = F.scaled_dot_product_attention(*heads_first(q, k, v), attn_mask=pairs)
+        out = F.scaled_dot_product_attention(*heads_first(q, k, v), attn_mask=pairs())
         return out.transpose(1, 2)
 
     return attend
 
 
-def sliced(visibility: Visibility) -> Callable[..., Tensor]:
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """SDPA that hides nothing, on (B, tokens, heads, E)."""
+    return F.scaled_dot_product_attention(*heads_first(q, k, v)).transpose(1, 2)
+
+
+def sliced(visibility: Visibility, one: packages.Attention = sdpa) -> Callable[..., Tensor]:
     """As a user writes it: frame after frame, on the keys it sees; known frames copy their v."""
     ends = visibility.queries.offsets[0].tolist()
     frames = list(itertools.pairwise(ends))
@@ -154,8 +189,7 @@ def sliced(visibility: Visibility) -> Callable[..., Tensor]:
                     t[:, seen[0]] if len(seen) == 1 else torch.cat([t[:, s] for s in seen], 1)
                     for t in (k, v)
                 )
-            out = F.scaled_dot_product_attention(*heads_first(q[:, start:end], keys, values))
-            parts.append(out.transpose(1, 2))
+            parts.append(one(q[:, start:end], keys, values))
         return torch.cat(parts, 1)
 
     return attend
@@ -169,18 +203,15 @@ def seen_span(row: list[bool]) -> int:
 def dense_rivals(device: torch.device) -> dict[str, Callable[..., Tensor]]:
     """SDPA that hides nothing, by each backend of a GPU."""
 
-    def attend(q, k, v):
-        return F.scaled_dot_product_attention(*heads_first(q, k, v)).transpose(1, 2)
-
     def by(backend):
         def attend_by(q, k, v):
             with sdpa_kernel(backend):
-                return attend(q, k, v)
+                return sdpa(q, k, v)
 
         return attend_by
 
     if device.type != "cuda":
-        return {"dense": attend}
+        return {"dense": sdpa}
     backends = (
         SDPBackend.FLASH_ATTENTION,
         SDPBackend.CUDNN_ATTENTION,
@@ -188,6 +219,23 @@ def dense_rivals(device: torch.device) -> dict[str, Callable[..., Tensor]]:
     )
     names = "dense flash", "dense cudnn", "dense effic."
     return {name: by(backend) for name, backend in zip(names, backends, strict=True)}
+
+
+def from_packages(visibility: Visibility) -> dict[str, Callable[[], packages.Attention]]:
+    """One call where every frame sees itself alone, else one call per frame, as `sliced`."""
+    lengths = visibility.queries.lengths[0].tolist()
+    alone = visibility.table[0].equal(
+        torch.eye(len(lengths), device=visibility.table.device).bool()
+    )
+    if alone and visibility.self_only is None:
+        return {
+            "flash-attn": lambda: packages.flash_attn_by_segment(lengths),
+            "xformers": lambda: packages.xformers_by_segment(lengths),
+        }
+    return {
+        "flash-attn": lambda: sliced(visibility, packages.flash_attn()),
+        "xformers": lambda: sliced(visibility, packages.xformers()),
+    }
 
 
 def flex(visibility: Visibility, tokens: int) -> Callable[..., Tensor]:
@@ -203,11 +251,14 @@ def flex(visibility: Visibility, tokens: int) -> Callable[..., Tensor]:
     def visible(b, h, query, key):
         return table[frame[query], frame[key]] | (alone[frame[query]] & (query == key))
 
-    block_mask = create_block_mask(visible, None, None, tokens, tokens, device=device.type)
+    @functools.cache
+    def block_mask():
+        return create_block_mask(visible, None, None, tokens, tokens, device=device.type)
+
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def attend(q, k, v):
-        return compiled(*heads_first(q, k, v), block_mask=block_mask).transpose(1, 2)
+        return compiled(*heads_first(q, k, v), block_mask=block_mask()).transpose(1, 2)
 
     return attend
 

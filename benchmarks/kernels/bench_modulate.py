@@ -1,12 +1,11 @@
 """The ops of the room against the lines that users write and against `torch.compile` of them."""
 
-import importlib.util
-
 import torch
 import torch._functorch.config as functorch
 import torch.nn.functional as F
 
 from benchmarks.harness import Case, backward_of, forward_of
+from benchmarks.rivals import packages
 from fastvid.functional import gated_residual, gated_residual_norm_modulate, norm_modulate
 from fastvid.kernels._shared import native
 from fastvid.kernels.modulate import cpu, reference
@@ -55,6 +54,14 @@ OPS = {
 # What must be read and written backward, in tensors of the size of x: the gradient of the plain
 # sum is handed on as it is.
 BACKWARD_STREAMS = {"": 3, "residual_": 3, "residual_norm_": 6}
+LIGER = {"liger": packages.liger_norm_modulate}  # has the norm, no residual through a gate
+
+
+def bytes_moved(forward: bool, B: int, N: int, D: int, itemsize: int, op: str = "") -> int:
+    """What is of the size of x, read and written; the modulation is small beside it."""
+    _, _, _, inputs, _, results = OPS[op]
+    streams = inputs + results if forward else BACKWARD_STREAMS[op]
+    return streams * B * N * D * itemsize
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
@@ -76,20 +83,18 @@ def _case(op, direction, B, N, D, dtype, device, quick):
     backward = backward_of if results == 1 else _backward_of_both
     bind = forward_of if forward else backward
     rivals = {"fastvid": ours, "eager": eager}
-    missing = {}
     if not quick:
         rivals["compile"] = torch.compile(eager, dynamic=False)
     if device.type == "cpu" and native.loaded() and forward and op != "residual_":
         rivals["no C++"] = without_compiled_part
-    if importlib.util.find_spec("liger_kernel") is None:
-        missing["liger"] = "pip install liger-kernel"
+    here, missing = packages.split_by_presence(device, {} if op else LIGER)
+    rivals |= here
 
     def make_inputs(device):
         full = torch.randn(inputs + (0 if forward else results), B, N, D, device=device).to(dtype)
         modulation = torch.randn(B, rows * D, device=device).to(dtype).chunk(rows, -1)
         return (*full[:inputs], *modulation, *full[inputs:])
 
-    streams = inputs + results if forward else BACKWARD_STREAMS[op]
     return Case(
         room="modulate",
         name=f"{op}{direction}",
@@ -98,7 +103,7 @@ def _case(op, direction, B, N, D, dtype, device, quick):
         make_inputs=make_inputs,
         rivals={rival: bind(function) for rival, function in rivals.items()},
         oracle=bind(oracle),
-        nbytes=streams * B * N * D * dtype.itemsize,
+        nbytes=bytes_moved(forward, B, N, D, dtype.itemsize, op),
         missing=missing,
     )
 

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.harness import Case, backward_of, forward_of
+from benchmarks.rivals import packages
 from fastvid.functional import temporal_attention
 from fastvid.kernels.temporal_attention import reference
 
@@ -33,12 +34,29 @@ def strided_sdpa(q, k, v):
     return F.scaled_dot_product_attention(q_, k_, v_).transpose(1, 2).reshape(q.shape)
 
 
+PACKAGES = {
+    "flash-attn": lambda: packages.over_frames(packages.flash_attn()),
+    "xformers": lambda: packages.over_frames(packages.xformers()),
+    "natten": lambda: packages.over_frames(packages.natten_over_all()),
+}
+
+
+def bytes_moved(forward: bool, B: int, T: int, N: int, heads: int, E: int, itemsize: int) -> int:
+    """q, k, v and out; backward q, k, v, dout, dq, dk and dv."""
+    return (4 if forward else 7) * B * T * N * heads * E * itemsize
+
+
+def flops(forward: bool, B: int, T: int, N: int, heads: int, E: int) -> int:
+    """Two products of T x T per position and head; backward has five, with the scores made anew."""
+    return (4 if forward else 10) * B * N * heads * T * T * E
+
+
 def cases(device: torch.device, quick: bool) -> list[Case]:
     """Forward and backward, on tensors of their own and on views of a packed projection."""
     shapes = QUICK if quick else GPU_SHAPES if device.type == "cuda" else SHAPES
     dtypes = [torch.bfloat16] if device.type == "cuda" else [torch.float32, torch.bfloat16]
     return [
-        _case(name, packed, *shape, dtype, quick)
+        _case(name, packed, *shape, dtype, device, quick)
         for name in ("forward", "backward")
         for packed in (False, True)
         for shape in shapes
@@ -46,7 +64,7 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     ]
 
 
-def _case(name, packed, B, T, N, heads, E, dtype, quick):
+def _case(name, packed, B, T, N, heads, E, dtype, device, quick):
     forward = name == "forward"
     bind = forward_of if forward else backward_of
     rivals = {
@@ -57,6 +75,8 @@ def _case(name, packed, B, T, N, heads, E, dtype, quick):
     }
     if not quick:
         rivals["compile"] = torch.compile(eager, dynamic=False)
+    here, missing = packages.split_by_presence(device, PACKAGES)
+    rivals |= here
 
     def make_inputs(device):
         inputs = torch.randn(B, T, N, 3, heads, E, device=device).to(dtype).unbind(3)
@@ -73,6 +93,7 @@ def _case(name, packed, B, T, N, heads, E, dtype, quick):
         make_inputs=make_inputs,
         rivals={rival: bind(function) for rival, function in rivals.items()},
         oracle=bind(reference.temporal_attention),
-        nbytes=(4 if forward else 7) * B * T * N * heads * E * dtype.itemsize,
-        flops=(4 if forward else 10) * B * N * heads * T * T * E,
+        nbytes=bytes_moved(forward, B, T, N, heads, E, dtype.itemsize),
+        flops=flops(forward, B, T, N, heads, E),
+        missing=missing,
     )

@@ -1,6 +1,6 @@
 """VDT against the official order of operations: `python -m benchmarks.models.bench_vdt`.
 
-Forward, forward + backward, an AdamW step and DDIM sampling of S/2 and L/2 on 16 x 16 latents.
+Forward, forward + backward, an AdamW step and DDIM sampling of S/2 and L/2 at 128 pixels and more.
 Both sides load the same weights; the match of their results stands in the row of their times:
 the predictions or samples, or the gradients of the input and of every parameter, and what the step
 changed. float32 is held to the rival's float32, bfloat16 to at most twice the rival's error.
@@ -35,7 +35,9 @@ Results = dict[str, Tensor]
 
 
 def config_of(spec: dict[str, Any]) -> VDTConfig:
-    config = replace(SIZES[spec["size"]], frames=spec["frames"], drop_labels=False)
+    cells = spec["side"] // 8
+    config = replace(SIZES[spec["size"]], frames=spec["frames"], height=cells, width=cells)
+    config = replace(config, drop_labels=False)
     return replace(config, depth=2) if spec["quick"] else config
 
 
@@ -75,7 +77,7 @@ def prepare(spec: dict[str, Any]) -> tuple[Callable[[], Tensor], Callable[[Tenso
 
     # The large eps keeps the step a smooth function of the gradients, which can be compared.
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-3, fused=True)
-    schedule = respace(linear(1000), "ddim10")
+    schedule = respace(linear(1000), f"ddim{spec['steps']}")
 
     def forward() -> Tensor:
         with torch.inference_mode():
@@ -155,8 +157,8 @@ def agree(ours: dict[str, float], theirs: dict[str, float]) -> bool:
     return all(error <= max(2 * theirs[name], TOLERANCE) for name, error in ours.items())
 
 
-def measure(spec: dict[str, Any], rounds: int, seconds: float) -> dict[str, Any]:
-    """One row: times, memory and the match."""
+def measure(spec: dict[str, Any], **pace: Any) -> dict[str, Any]:
+    """One row: times, memory and the match; `pace` is the turns, rounds and seconds of the duel."""
     config, wide = config_of(spec), 2 if spec["dtype"] == "bfloat16" else 4
     with torch.device("meta"):
         weights = sum(value.numel() for value in VDT(config).parameters())
@@ -169,7 +171,7 @@ def measure(spec: dict[str, Any], rounds: int, seconds: float) -> dict[str, Any]
         files = {name: str(Path(folder, name)) for name in ("fastvid", "eager", "exact")}
         specs = {name: {**spec, "rival": name, "save": file} for name, file in files.items()}
         exact = specs.pop("exact") | {"rival": "eager", "dtype": "float32", "compile": False}
-        row = duel(__spec__.name, specs, rounds=rounds, seconds=seconds, need_mib=need)
+        row = duel(__spec__.name, specs, **pace, need_mib=need)
         if spec["dtype"] == "float32":
             files["exact"] = files["eager"]
         else:
@@ -178,18 +180,44 @@ def measure(spec: dict[str, Any], rounds: int, seconds: float) -> dict[str, Any]
     ours, theirs = (errors(found[name], found["exact"]) for name in ("fastvid", "eager"))
     row |= {"error": max(ours.values()), "eager_error": max(theirs.values())}
     row["match"] = agree(ours, theirs)
-    return {"case": "vdt/{job} {size}/2 frames={frames} {dtype}".format(**spec), **spec, **row}
+    return {"case": label(spec), **spec, **row}
+
+
+def label(spec: dict[str, Any]) -> str:
+    """`vdt/step L/2 frames=16 side=128 batch=4 bfloat16 compiled`."""
+    case = "vdt/{job} {size}/2 frames={frames} side={side} batch={batch} {dtype}".format(**spec)
+    return case + " compiled" * spec["compile"]
+
+
+def within(spec: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """The row in about so many seconds; 0: in as few calls as give a spread."""
+    return measure(spec, turns=1, rounds=5, seconds=seconds / 4)
+
+
+def specs(device: torch.device, quick: bool) -> list[dict[str, Any]]:
+    """What the verbs `gpu` and, quick, `cpu_gate` measure, the most important first."""
+    here = {"threads": torch.get_num_threads(), "device": device.type, "quick": quick, "steps": 10}
+    if quick:
+        small = {"size": "S", "frames": 16, "side": 128, "dtype": "float32", "batch": 1}
+        small["compile"] = False
+        return [{"job": job, **small, **here} for job in ("forward", "step")]
+    large = {"size": "L", "frames": 16, "side": 128, "dtype": "bfloat16", "batch": 4}
+    return [
+        {"job": job, **large, "compile": compiled, **here}
+        for compiled in (True, False)
+        for job in ("step", "sample")
+    ]
 
 
 def line(row: dict[str, Any]) -> str:
-    how = ("compiled " if row["compile"] else "") + ("one after the other" if row["apart"] else "")
     return (
-        f"{row['case']:<36} {row['fastvid_p50_ms']:9.0f} ms against {row['eager_p50_ms']:9.0f}"
+        f"{row['case']:<53} {row['fastvid_p50_ms']:9.0f} ms against {row['eager_p50_ms']:9.0f}"
         f"   {row['wall_ratio_p50']:5.2f}x ({row['wall_ratio_p20']:.2f} to"
         f" {row['wall_ratio_p80']:.2f}; cpu time {row['cpu_ratio_p50']:.2f}x)"
         f"   peak {row['fastvid_peak_mib']:6.0f} MiB, {row['peak_ratio']:.2f} of theirs,"
         f" beyond the weights {row['extra_ratio']:.2f}"
-        f"   {'match' if row['match'] else 'NO MATCH'} ({row['error']:.0e}) {how}"
+        f"   {'match' if row['match'] else 'NO MATCH'} ({row['error']:.0e})"
+        f"{' one after the other' if row['apart'] else ''}"
     )
 
 
@@ -202,12 +230,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="two blocks, few rounds")
     parser.add_argument("--size", nargs="+", choices=SIZES, default=["S", "L"])
     parser.add_argument("--frames", nargs="+", type=int, default=[8, 16])
+    parser.add_argument("--side", nargs="+", type=int, default=[128], help="pixels, 8 per cell")
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
     parser.add_argument("--job", nargs="+", choices=JOBS, default=JOBS)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="torch.compile on both sides")
-    parser.add_argument("--rounds", type=int, default=5, help="at least")
-    parser.add_argument("--seconds", type=float, default=10, help="per row, at least")
+    parser.add_argument("--steps", type=int, default=10, help="of DDIM in a sample")
+    parser.add_argument("--turns", type=int, default=3, help="pairs of fresh processes per row")
+    parser.add_argument("--rounds", type=int, default=3, help="per turn, at least")
+    parser.add_argument("--seconds", type=float, default=5, help="per turn, at least")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--floor", type=float, default=0, help="fail below this time ratio")
@@ -220,14 +251,17 @@ def main(argv: list[str]) -> int:
     machine = harness.environment(torch.device(arguments.device))
     print(f"{machine['machine']}, torch {machine['torch']}, {arguments.threads} threads")
     good = True
-    for size, frames, dtype, job in itertools.product(
-        arguments.size, arguments.frames, arguments.dtype, arguments.job
+    for size, side, frames, dtype, job in itertools.product(
+        arguments.size, arguments.side, arguments.frames, arguments.dtype, arguments.job
     ):
-        fixed = ("batch", "compile", "threads", "device", "quick")
-        spec = {"job": job, "size": size, "frames": frames, "dtype": dtype}
+        fixed = ("batch", "steps", "compile", "threads", "device", "quick")
+        spec = {"job": job, "size": size, "frames": frames, "side": side}
+        spec |= {"dtype": dtype}
         spec |= {name: getattr(arguments, name) for name in fixed}
-        rounds, seconds = (2, 0) if arguments.quick else (arguments.rounds, arguments.seconds)
-        row = measure(spec, rounds, seconds)
+        turns, rounds, seconds = arguments.turns, arguments.rounds, arguments.seconds
+        if arguments.quick:
+            turns, rounds, seconds = 1, 2, 0
+        row = measure(spec, turns=turns, rounds=rounds, seconds=seconds)
         print(line(row), flush=True)
         harness.append(arguments.out, [{**machine, **row}])
         good = good and row["match"] and row["wall_ratio_p50"] >= arguments.floor

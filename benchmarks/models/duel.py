@@ -2,7 +2,7 @@
 
 Each process holds one model alone, so its peak memory is its own, and the turns put both under the
 same weather. Where the two together do not fit in the machine's memory they run one after the
-other, several times over.
+other.
 """
 
 import ctypes
@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import ROOT, quantile
+from benchmarks.machine import ROOT
+from benchmarks.timing import quantile
 
 
 class Contender:
@@ -87,33 +88,38 @@ def serve(
 
 
 def duel(
-    module: str, specs: dict[str, dict[str, Any]], *, rounds: int, seconds: float, need_mib: float
+    module: str,
+    specs: dict[str, dict[str, Any]],
+    *,
+    turns: int,
+    rounds: int,
+    seconds: float,
+    need_mib: float,
 ) -> dict[str, Any]:
     """Times and memory of two contenders; the ratios are theirs over ours, round by round.
 
     Args:
         specs: `{"fastvid": ..., "eager": ...}`, what each contender is told.
-        rounds: at least so many, and more until `seconds` have passed.
+        turns: pairs of fresh processes. Where their memory lies is luck, worth some percent.
+        rounds: calls of each per turn, at least; more until `seconds` have passed if both fit.
         need_mib: memory of one contender, to decide whether both fit at once.
     """
     apart = 2 * need_mib > _available_mib()
     calls: dict[str, list[dict[str, float]]] = {name: [] for name in specs}
-    ends: dict[str, dict[str, Any]] = {}
-    if apart:
-        for turn in range(2):
-            for name, spec in specs.items() if turn == 0 else reversed(specs.items()):
-                contender = Contender(module, spec)
-                calls[name] += [contender.call() for _ in range(max(rounds // 2, 1))]
-                ends[name] = contender.finish()
-    else:
-        contenders = {name: Contender(module, spec) for name, spec in specs.items()}
-        start, names = time.perf_counter(), list(specs)
-        while len(calls[names[0]]) < rounds or time.perf_counter() - start < seconds:
-            for name in names:
-                calls[name].append(contenders[name].call())
-            names.reverse()
-        ends = {name: contender.finish() for name, contender in contenders.items()}
-    row: dict[str, Any] = {"apart": apart, "rounds": len(calls["fastvid"])}
+    ends: dict[str, dict[str, Any]] = {name: {"peak_mib": 0} for name in specs}
+    for turn in range(turns):
+        names = sorted(specs, reverse=turn % 2 == 0)
+        for together in [[name] for name in names] if apart else [names]:
+            contenders = {name: Contender(module, specs[name]) for name in together}
+            start, done = time.perf_counter(), 0
+            while done < rounds or (time.perf_counter() - start < seconds and not apart):
+                for name in together:
+                    calls[name].append(contenders[name].call())
+                together.reverse()
+                done += 1
+            for name, contender in contenders.items():
+                ends[name] = max(ends[name], contender.finish(), key=lambda end: end["peak_mib"])
+    row: dict[str, Any] = {"apart": apart, "turns": turns, "rounds": len(calls["fastvid"])}
     for name, end in ends.items():
         wall = [call["wall_s"] for call in calls[name]]
         row |= {f"{name}_p{p}_ms": 1e3 * quantile(wall, p / 100) for p in (20, 50, 80)}

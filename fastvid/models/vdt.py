@@ -93,34 +93,11 @@ class Block(nn.Module):
         """`modulation` (B or 1, 6, D): shift, scale and gate of the spatial branch, of the MLP."""
         if not torch.is_grad_enabled():
             x = x.clone()  # updated below: the caller's, which hooks may hold, stays as it is
-        rows = _rows_at_once(x)
-        if rows is None:
-            return self._per_frame(self._over_time(x), modulation)
-        for tokens in x.split(max(rows // x.shape[1], 1), dim=2):
-            self._over_time(tokens)
-        for frames in x.split(max(rows // x.shape[2], 1), dim=1):
-            self._per_frame(frames, modulation)
-        return x
-
-    def _over_time(self, x: Tensor) -> Tensor:
-        if self.temporal is None:
-            return x
-        return gated_residual(x, self.temporal(normed(x, self.temporal_norm)))
-
-    def _per_frame(self, x: Tensor, modulation: Tensor) -> Tensor:
+        if self.temporal is not None:
+            x = gated_residual(x, self.temporal(normed(x, self.temporal_norm)))
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation.unbind(1)
         x = gated_residual(x, self.spatial(modulated(x, shift, scale)), gate)
         return gated_residual(x, self.mlp(modulated(x, mlp_shift, mlp_scale)), mlp_gate)
-
-
-def _rows_at_once(x: Tensor) -> int | None:
-    """Tokens per sample of x that inference on a CPU takes at once: less memory, warmer caches."""
-    if torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling():
-        return None
-    return max(_ROWS // max(x.shape[0], 1), 1)
-
-
-_ROWS = 1024
 
 
 class VDT(HubModel):
@@ -269,7 +246,8 @@ class VDT(HubModel):
         """Merge `temporal_fc` into the projection before it, in place. For inference only.
 
         The result is the same up to rounding. It saves D^3 products per block in a call on many
-        tokens, D^2 per token in one on few; the weights can no longer be saved.
+        tokens, D^2 per token in one on few, and the memory of `temporal_fc`. The weights can no
+        longer be saved, nor resized by `from_official`. Folding again changes nothing.
         """
         for attention in self._temporal():
             attention.fold()

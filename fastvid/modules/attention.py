@@ -1,16 +1,25 @@
-"""Self-attention over video tokens, without layout copies.
+"""Attention over video tokens, without layout copies.
 
 Over one axis of (B, T, N, D), q, k and v come from three products with the thirds of one weight.
 Each is then a plain (B, T, N, heads * E) tensor: over tokens the attention sees it as a batch of
 B * T, over frames it reads the strides. The result comes in the same layout, so that nothing is
-ever transposed in memory. Over visible frames q, k and v are views of one product.
+ever transposed in memory. Over visible frames q, k and v are views of one product. Keys and values
+of a context are projected once, whatever the number of denoising steps that read them.
 """
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvid.functional import Visibility, masked_attention, temporal_attention
+from fastvid.functional import (
+    Visibility,
+    asymmetric_attention,
+    masked_attention,
+    temporal_attention,
+)
 from fastvid.modules.linear import Cheap, call, call_parts, is_plain, linear
 
 
@@ -101,6 +110,63 @@ class MaskedSelfAttention(nn.Module):
         B, N, D = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).unbind(2)
         return self.proj(masked_attention(q, k, v, visibility).view(B, N, D))
+
+
+class PlanningKV(NamedTuple):
+    """Keys and values of a context, each (B or 1, T or 1, Nk, heads, E): made once per video."""
+
+    k: Tensor
+    v: Tensor
+
+
+class AsymmetricCrossAttention(nn.Module):
+    """High-resolution tokens attend to a low-resolution context. (B, T, N, dim) to the same.
+
+    `scope` is that of `asymmetric_attention`. `qk_norm`, such as nn.LayerNorm or nn.RMSNorm, makes
+    the norms of q and k over their whole width, all heads together.
+
+    Source: the attention across modules of Liu et al., MarDini, arXiv:2410.20280.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        context_dim: int,
+        *,
+        scope: Literal["frame", "clip"] = "frame",
+        qk_norm: Callable[[int], nn.Module] | None = None,
+    ):
+        super().__init__()
+        self.heads = heads
+        self.scope = scope
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(context_dim, 2 * dim)  # rows ordered k, v, then head
+        self.q_norm, self.k_norm = (qk_norm(dim) if qk_norm else nn.Identity() for _ in "qk")
+        self.proj = nn.Linear(dim, dim)
+
+    def project_context(self, context: Tensor) -> PlanningKV:
+        """Keys and values of `context`, (B or 1, T or 1, Nk, context_dim), for any number of steps.
+
+        No context at all is one learned token, (1, 1, 1, context_dim).
+        """
+        k, v = self.kv(context).chunk(2, dim=-1)
+        k = self.k_norm(k).to(v.dtype)  # autocast normalises in float32
+        return PlanningKV(*(part.unflatten(-1, (self.heads, -1)) for part in (k, v)))
+
+    def forward(self, x: Tensor, context: PlanningKV, known: Tensor | None = None) -> Tensor:
+        """What `x` finds in `context`; unspecified in `known` (B, T) frames, where none is wanted.
+
+        A softmax over one key is 1: where every token sees one key, as of a learned token, the
+        result is one row for all, whatever `x` is, and no attention is computed.
+        """
+        _, frames, keys, _, _ = context.v.shape
+        if keys * (frames if self.scope == "clip" else 1) == 1:
+            return self.proj(context.v.flatten(-2)).expand_as(x)
+        q = self.q(x)
+        q = self.q_norm(q).to(q.dtype).unflatten(-1, (self.heads, -1))
+        out = asymmetric_attention(q, *context, scope=self.scope, known=known)
+        return self.proj(out.flatten(-2))
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, split: tuple[int, int, int, int]) -> Tensor:

@@ -12,3 +12,4 @@ class Variant(NamedTuple):
     constants: dict[str, Any]  # the constexpr arguments
     num_warps: int
     num_stages: int = 3
+    architectures: tuple[str, ...] | None = None  # all of them unless named

@@ -8,6 +8,7 @@ is exact. Nothing hidden is computed, forward or backward.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -23,6 +24,9 @@ FULL_RATE_ROWS = 768
 # At most so many tokens of either side go into one call, so that what a call returns, before it is
 # put where it belongs, stays small beside the tensors themselves.
 MOST_TOKENS = 1024
+# Forward returns at most so many numbers for each thread, or one head: fewer than the kernel's own
+# scratch, a block of 256 x 512 scores, which is free again when they are copied to their place.
+MOST_NUMBERS = 2**17
 
 
 class Rectangle(NamedTuple):
@@ -117,34 +121,56 @@ def forward(
 
 
 def _forward_one(out, lse, q, k, v, its_plan, scale):
+    for block in _blocks(its_plan.alone):
+        for (start, end), (samples, heads) in itertools.product(block, _lots(q, _size(block))):
+            here = samples, slice(start, end), heads
+            out[here] = v[here]
+            own = (q[here].to(lse.dtype) * k[here]).sum(-1)
+            lse[samples, heads, start:end] = own.mT * scale
+    for start, end in its_plan.blind:
+        out[:, start:end] = 0
+        lse[:, :, start:end] = -torch.inf
     done: Ranges = ()
     for whole, keys in its_plan.rectangles:
         its_k, its_v = _take(k, keys), _take(v, keys)
         joins = bool(_intersect(done, whole))
         for queries in _blocks(whole):
-            part, part_lse = _flash(_take(q, queries), its_k, its_v, scale)
-            for (start, end), (a, b) in zip(queries, _places(queries), strict=True):
-                here, here_lse = out[:, start:end], lse[:, :, start:end]
-                if joins:
-                    _join(here, here_lse, part[:, a:b], part_lse[:, :, a:b])
-                else:
-                    here.copy_(part[:, a:b])
-                    here_lse.copy_(part_lse[:, :, a:b])
+            for samples, heads in _lots(q, _size(queries)):
+                lot = samples, slice(None), heads
+                parts = _flash(_take(q[lot], queries), its_k[lot], its_v[lot], scale)
+                _put(out[lot], lse[samples, heads], queries, *parts, joins)
         done = _merge([*done, *whole])
-    for start, end in (piece for block in _blocks(its_plan.alone) for piece in block):
-        out[:, start:end] = v[:, start:end]
-        own = (q[:, start:end].to(lse.dtype) * k[:, start:end]).sum(-1)
-        lse[:, :, start:end] = own.mT * scale
-    for start, end in its_plan.blind:
-        out[:, start:end] = 0
-        lse[:, :, start:end] = -torch.inf
+
+
+def _lots(q: Tensor, rows: int) -> Iterator[tuple[slice, slice]]:
+    """Samples and heads in groups, of which `rows` rows make MOST_NUMBERS a thread."""
+    B, _, heads, E = q.shape
+    together = max(1, MOST_NUMBERS * torch.get_num_threads() // (rows * E))
+    step_b, step_h = max(1, together // heads), min(heads, together)
+    for b in range(0, B, step_b):
+        for h in range(0, heads, step_h):
+            yield slice(b, b + step_b), slice(h, h + step_h)
+
+
+def _put(out, lse, queries, part, part_lse, joins):
+    """Write what a call returned to the rows that it is of, or join it to what they hold."""
+    for (start, end), (a, b) in zip(queries, _places(queries), strict=True):
+        here, here_lse = out[:, start:end], lse[:, :, start:end]
+        if joins:
+            _join(here, here_lse, part[:, a:b], part_lse[:, :, a:b])
+        else:
+            here.copy_(part[:, a:b])
+            here_lse.copy_(part_lse[:, :, a:b])
 
 
 def _join(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     """Add the keys of `part` to the rows of `out`, in place."""
     total = torch.logaddexp(lse, part_lse)
     old, new = ((side - total).exp().transpose(1, 2)[..., None] for side in (lse, part_lse))
-    out.copy_(out * old + part * new)
+    if out.dtype == lse.dtype:
+        out.mul_(old).add_(part.mul_(new))
+    else:  # half precision would round each product
+        out.copy_(out * old + part * new)
     lse.copy_(total)
 
 

@@ -10,8 +10,7 @@ Backward is two kernels, dQ over the rows and dK with dV over the columns of the
 tile is summed by one program in a fixed order: no atomics, the same bits in every run.
 """
 
-import math
-from typing import NamedTuple
+import functools
 
 import torch
 import triton
@@ -19,20 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .._shared import intervals_kernel
-from .._shared.intervals import FIELDS
 from .._shared.variants import Variant
-
-LOG2E = tl.constexpr(1 / math.log(2))
-LN2 = tl.constexpr(math.log(2))
-ENTRY = tl.constexpr(FIELDS)
-
-
-class Blocks(NamedTuple):
-    rows: int  # tokens that a program owns
-    steps: int  # tokens of the other side that it takes at a time
-    warps: int
-    stages: int
-
+from . import descriptors
+from .tiles import LN2, LOG2E, Blocks, advance, load, own_tile, span, steps, store
 
 # By the padded head width, for 16-bit and for 32-bit inputs: the largest found that spill nothing
 # on any of the budgeted architectures. Float32 wider than 64 may. One table serves all
@@ -66,74 +54,6 @@ BACKWARD_KV = {
 }
 
 
-@triton.jit
-def _tile(table_ptr, frames, tokens, tile, BLOCK: tl.constexpr):
-    """The table entry of a tile, its first token and its frame's end (both 0 for no tile)."""
-    entry = 0
-    start = tl.load(table_ptr)
-    end = tl.minimum(tl.load(table_ptr + 1), tokens)
-    first = start + tile * BLOCK
-    while (first >= end) & (entry < frames - 1):
-        skipped = tl.cdiv(tl.maximum(end - start, 0), BLOCK)
-        tile -= skipped
-        entry += 1
-        start = tl.load(table_ptr + entry * ENTRY)
-        end = tl.minimum(tl.load(table_ptr + entry * ENTRY + 1), tokens)
-        first = start + tile * BLOCK
-    there = first < end
-    return entry, tl.where(there, first, 0), tl.where(there, end, 0)
-
-
-@triton.jit
-def _steps(spans_ptr, count, tokens, BLOCK: tl.constexpr):
-    """How many blocks the spans make."""
-    steps = 0
-    for i in range(count):
-        end = tl.minimum(tl.load(spans_ptr + 2 * i + 1), tokens)
-        steps += tl.cdiv(tl.maximum(end - tl.load(spans_ptr + 2 * i), 0), BLOCK)
-    return steps
-
-
-@triton.jit
-def _span(spans_ptr, i, count, tokens):
-    start = tl.load(spans_ptr + 2 * i, mask=i < count, other=0)
-    end = tl.load(spans_ptr + 2 * i + 1, mask=i < count, other=0)
-    return start, tl.minimum(end, tokens)
-
-
-@triton.jit
-def _advance(spans_ptr, i, at, end, count, tokens, BLOCK: tl.constexpr):
-    """The next block: further in this span, or at the start of the next one."""
-    at += BLOCK
-    over = at >= end
-    i += over.to(tl.int32)
-    next_at, next_end = _span(spans_ptr, i, count, tokens)
-    return i, tl.where(over, next_at, at), tl.where(over, next_end, end)
-
-
-@triton.jit
-def _load(ptr, n, live, stride_n, FIRST: tl.constexpr, WIDTH: tl.constexpr, E: tl.constexpr):
-    """[tokens, WIDTH] of the columns from FIRST on; 0 for tokens that are not live, and past E."""
-    e = FIRST + tl.arange(0, WIDTH)
-    at = n.to(tl.int64)[:, None] * stride_n + e[None, :]
-    mask = live[:, None]
-    if FIRST + WIDTH > E:
-        mask = mask & (e < E)[None, :]
-    return tl.load(ptr + at, mask=mask, other=0.0)
-
-
-@triton.jit
-def _store(
-    ptr, value, n, live, stride_n, FIRST: tl.constexpr, WIDTH: tl.constexpr, E: tl.constexpr
-):
-    e = FIRST + tl.arange(0, WIDTH)
-    at = n.to(tl.int64)[:, None] * stride_n + e[None, :]
-    mask = live[:, None]
-    if FIRST + WIDTH > E:
-        mask = mask & (e < E)[None, :]
-    tl.store(ptr + at, value.to(ptr.dtype.element_ty), mask=mask)
-
-
 @triton.jit(do_not_specialize=["frames", "others", "N", "M", "table_b", "spans_b"])
 def _forward(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, rows_ptr, spans_ptr,
@@ -142,50 +62,46 @@ def _forward(
     E: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    bh = tl.program_id(1).to(tl.int64)
-    b, h = bh // heads, bh % heads
-    rows_ptr += b * table_b
-    entry, first, end = _tile(rows_ptr, frames, N, tl.program_id(0), BLOCK_N)
+    bh, b, h, first, end, count, spans_ptr, alone, _ = own_tile(
+        rows_ptr, spans_ptr, heads, frames, others, N, table_b, spans_b, BLOCK_N
+    )
     n = first + tl.arange(0, BLOCK_N)
     live = n < end
-    count = tl.where(first < end, tl.load(rows_ptr + entry * ENTRY + 2), 0)
-    alone = tl.load(rows_ptr + entry * ENTRY + 3)
-    spans_ptr += b * spans_b + entry.to(tl.int64) * others * 2
 
     q_ptr += b * q_b + h * q_h
     k_ptr += b * k_b + h * k_h
     v_ptr += b * v_b + h * v_h
-    q1 = _load(q_ptr, n, live, q_n, 0, E1, E)  # [BLOCK_N, E1]
+    q1 = load(q_ptr, n, live, q_n, 0, E1, E)  # [BLOCK_N, E1]
     acc1 = tl.zeros([BLOCK_N, E1], tl.float32)
     if E2 > 0:
-        q2 = _load(q_ptr, n, live, q_n, E1, E2, E)
+        q2 = load(q_ptr, n, live, q_n, E1, E2, E)
         acc2 = tl.zeros([BLOCK_N, E2], tl.float32)
     top = tl.full([BLOCK_N], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
 
     i = 0
-    at, stop = _span(spans_ptr, i, count, M)
-    for _ in range(_steps(spans_ptr, count, M, BLOCK_M)):
+    at, stop = span(spans_ptr, i, count, M)
+    for _ in range(steps(spans_ptr, count, M, BLOCK_M)):
         m = at + tl.arange(0, BLOCK_M)
         seen = m < stop
-        k1 = _load(k_ptr, m, seen, k_m, 0, E1, E)
+        k1 = load(k_ptr, m, seen, k_m, 0, E1, E)
         scores = tl.dot(q1, k1.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
         if E2 > 0:
-            k2 = _load(k_ptr, m, seen, k_m, E1, E2, E)
+            k2 = load(k_ptr, m, seen, k_m, E1, E2, E)
             scores = tl.dot(q2, k2.T, scores, input_precision=PRECISION)
         scores = tl.where(seen[None, :], scores * (scale * LOG2E), -float("inf"))
         new_top = tl.maximum(top, tl.max(scores, axis=1))  # finite: every block has a seen key
         weights = tl.exp2(scores - new_top[:, None])
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(weights, axis=1)
-        v1 = _load(v_ptr, m, seen, v_m, 0, E1, E)
+        v1 = load(v_ptr, m, seen, v_m, 0, E1, E)
         weights = weights.to(v1.dtype)
         acc1 = tl.dot(weights, v1, acc1 * shrink[:, None], input_precision=PRECISION)
         if E2 > 0:
-            v2 = _load(v_ptr, m, seen, v_m, E1, E2, E)
+            v2 = load(v_ptr, m, seen, v_m, E1, E2, E)
             acc2 = tl.dot(weights, v2, acc2 * shrink[:, None], input_precision=PRECISION)
         top = new_top
-        i, at, stop = _advance(spans_ptr, i, at, stop, count, M, BLOCK_M)
+        i, at, stop = advance(spans_ptr, i, at, stop, count, M, BLOCK_M)
 
     lse = (top + tl.log2(total)) * LN2  # -inf where nothing was seen
     share = tl.where(total == 0.0, 0.0, 1.0 / total)
@@ -193,16 +109,16 @@ def _forward(
     if E2 > 0:
         acc2 *= share[:, None]
     if alone:
-        acc1 = _load(v_ptr, n, live, v_m, 0, E1, E).to(tl.float32)
-        own = tl.sum(q1.to(tl.float32) * _load(k_ptr, n, live, k_m, 0, E1, E), axis=1)
+        acc1 = load(v_ptr, n, live, v_m, 0, E1, E).to(tl.float32)
+        own = tl.sum(q1.to(tl.float32) * load(k_ptr, n, live, k_m, 0, E1, E), axis=1)
         if E2 > 0:
-            acc2 = _load(v_ptr, n, live, v_m, E1, E2, E).to(tl.float32)
-            own += tl.sum(q2.to(tl.float32) * _load(k_ptr, n, live, k_m, E1, E2, E), axis=1)
+            acc2 = load(v_ptr, n, live, v_m, E1, E2, E).to(tl.float32)
+            own += tl.sum(q2.to(tl.float32) * load(k_ptr, n, live, k_m, E1, E2, E), axis=1)
         lse = own * scale
     out_ptr += (b * N * heads + h) * E
-    _store(out_ptr, acc1, n, live, heads * E, 0, E1, E)
+    store(out_ptr, acc1, n, live, heads * E, 0, E1, E)
     if E2 > 0:
-        _store(out_ptr, acc2, n, live, heads * E, E1, E2, E)
+        store(out_ptr, acc2, n, live, heads * E, E1, E2, E)
     tl.store(lse_ptr + bh * N + n, lse, mask=live)
 
 
@@ -215,46 +131,43 @@ def _backward_q(
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ, and delta = sum(dout * out) of every row for `_backward_kv`."""
-    bh = tl.program_id(1).to(tl.int64)
-    b, h = bh // heads, bh % heads
-    rows_ptr += b * table_b
-    entry, first, end = _tile(rows_ptr, frames, N, tl.program_id(0), BLOCK_N)
+    bh, b, h, first, end, count, spans_ptr, _, _ = own_tile(
+        rows_ptr, spans_ptr, heads, frames, others, N, table_b, spans_b, BLOCK_N
+    )
     n = first + tl.arange(0, BLOCK_N)
     live = n < end
-    count = tl.where(first < end, tl.load(rows_ptr + entry * ENTRY + 2), 0)
-    spans_ptr += b * spans_b + entry.to(tl.int64) * others * 2
 
     dout_ptr += b * dout_b + h * dout_h
     q_ptr += b * q_b + h * q_h
     k_ptr += b * k_b + h * k_h
     v_ptr += b * v_b + h * v_h
     out_ptr += (b * N * heads + h) * E
-    q1 = _load(q_ptr, n, live, q_n, 0, E1, E)  # [BLOCK_N, E1]
-    dout1 = _load(dout_ptr, n, live, dout_n, 0, E1, E)
-    out1 = _load(out_ptr, n, live, heads * E, 0, E1, E)
+    q1 = load(q_ptr, n, live, q_n, 0, E1, E)  # [BLOCK_N, E1]
+    dout1 = load(dout_ptr, n, live, dout_n, 0, E1, E)
+    out1 = load(out_ptr, n, live, heads * E, 0, E1, E)
     delta = tl.sum(dout1.to(tl.float32) * out1.to(tl.float32), axis=1)
     dq1 = tl.zeros([BLOCK_N, E1], tl.float32)
     if E2 > 0:
-        q2 = _load(q_ptr, n, live, q_n, E1, E2, E)
-        dout2 = _load(dout_ptr, n, live, dout_n, E1, E2, E)
-        out2 = _load(out_ptr, n, live, heads * E, E1, E2, E)
+        q2 = load(q_ptr, n, live, q_n, E1, E2, E)
+        dout2 = load(dout_ptr, n, live, dout_n, E1, E2, E)
+        out2 = load(out_ptr, n, live, heads * E, E1, E2, E)
         delta += tl.sum(dout2.to(tl.float32) * out2.to(tl.float32), axis=1)
         dq2 = tl.zeros([BLOCK_N, E2], tl.float32)
     tl.store(delta_ptr + bh * N + n, delta, mask=live)
     lse = tl.load(lse_ptr + bh * N + n, mask=live, other=0.0) * LOG2E
 
     i = 0
-    at, stop = _span(spans_ptr, i, count, M)
-    for _ in range(_steps(spans_ptr, count, M, BLOCK_M)):
+    at, stop = span(spans_ptr, i, count, M)
+    for _ in range(steps(spans_ptr, count, M, BLOCK_M)):
         m = at + tl.arange(0, BLOCK_M)
         seen = m < stop
-        k1 = _load(k_ptr, m, seen, k_m, 0, E1, E)
-        v1 = _load(v_ptr, m, seen, v_m, 0, E1, E)
+        k1 = load(k_ptr, m, seen, k_m, 0, E1, E)
+        v1 = load(v_ptr, m, seen, v_m, 0, E1, E)
         scores = tl.dot(q1, k1.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
         dweights = tl.dot(dout1, v1.T, input_precision=PRECISION)
         if E2 > 0:
-            k2 = _load(k_ptr, m, seen, k_m, E1, E2, E)
-            v2 = _load(v_ptr, m, seen, v_m, E1, E2, E)
+            k2 = load(k_ptr, m, seen, k_m, E1, E2, E)
+            v2 = load(v_ptr, m, seen, v_m, E1, E2, E)
             scores = tl.dot(q2, k2.T, scores, input_precision=PRECISION)
             dweights = tl.dot(dout2, v2.T, dweights, input_precision=PRECISION)
         weights = tl.exp2(scores * (scale * LOG2E) - lse[:, None])
@@ -263,12 +176,12 @@ def _backward_q(
         dq1 = tl.dot(dscores, k1, dq1, input_precision=PRECISION)
         if E2 > 0:
             dq2 = tl.dot(dscores, k2, dq2, input_precision=PRECISION)
-        i, at, stop = _advance(spans_ptr, i, at, stop, count, M, BLOCK_M)
+        i, at, stop = advance(spans_ptr, i, at, stop, count, M, BLOCK_M)
 
     dq_ptr += (b * N * heads + h) * E
-    _store(dq_ptr, dq1 * scale, n, live, heads * E, 0, E1, E)
+    store(dq_ptr, dq1 * scale, n, live, heads * E, 0, E1, E)
     if E2 > 0:
-        _store(dq_ptr, dq2 * scale, n, live, heads * E, E1, E2, E)
+        store(dq_ptr, dq2 * scale, n, live, heads * E, E1, E2, E)
 
 
 @triton.jit(do_not_specialize=["frames", "others", "N", "M", "table_b", "spans_b"])
@@ -280,49 +193,45 @@ def _backward_kv(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys: every query that sees it, in the order of the tokens."""
-    bh = tl.program_id(1).to(tl.int64)
-    b, h = bh // heads, bh % heads
-    columns_ptr += b * table_b
-    entry, first, end = _tile(columns_ptr, frames, M, tl.program_id(0), BLOCK_M)
+    bh, b, h, first, end, count, spans_ptr, alone, valid_end = own_tile(
+        columns_ptr, spans_ptr, heads, frames, others, M, table_b, spans_b, BLOCK_M
+    )
     m = first + tl.arange(0, BLOCK_M)
     live = m < end
-    count = tl.where(first < end, tl.load(columns_ptr + entry * ENTRY + 2), 0)
-    alone = tl.load(columns_ptr + entry * ENTRY + 3)
-    valid = m < tl.load(columns_ptr + entry * ENTRY + 4)
-    spans_ptr += b * spans_b + entry.to(tl.int64) * others * 2
+    valid = m < valid_end
 
     dout_ptr += b * dout_b + h * dout_h
     q_ptr += b * q_b + h * q_h
     k_ptr += b * k_b + h * k_h
     v_ptr += b * v_b + h * v_h
-    k1 = _load(k_ptr, m, live, k_m, 0, E1, E)  # [BLOCK_M, E1]
-    v1 = _load(v_ptr, m, live, v_m, 0, E1, E)
+    k1 = load(k_ptr, m, live, k_m, 0, E1, E)  # [BLOCK_M, E1]
+    v1 = load(v_ptr, m, live, v_m, 0, E1, E)
     dk1 = tl.zeros([BLOCK_M, E1], tl.float32)
     dv1 = tl.zeros([BLOCK_M, E1], tl.float32)
     if E2 > 0:
-        k2 = _load(k_ptr, m, live, k_m, E1, E2, E)
-        v2 = _load(v_ptr, m, live, v_m, E1, E2, E)
+        k2 = load(k_ptr, m, live, k_m, E1, E2, E)
+        v2 = load(v_ptr, m, live, v_m, E1, E2, E)
         dk2 = tl.zeros([BLOCK_M, E2], tl.float32)
         dv2 = tl.zeros([BLOCK_M, E2], tl.float32)
     if alone:  # the token's own output was its v
-        dv1 += _load(dout_ptr, m, live, dout_n, 0, E1, E)
+        dv1 += load(dout_ptr, m, live, dout_n, 0, E1, E)
         if E2 > 0:
-            dv2 += _load(dout_ptr, m, live, dout_n, E1, E2, E)
+            dv2 += load(dout_ptr, m, live, dout_n, E1, E2, E)
 
     i = 0
-    at, stop = _span(spans_ptr, i, count, N)
-    for _ in range(_steps(spans_ptr, count, N, BLOCK_N)):
+    at, stop = span(spans_ptr, i, count, N)
+    for _ in range(steps(spans_ptr, count, N, BLOCK_N)):
         n = at + tl.arange(0, BLOCK_N)
         seeing = n < stop
-        q1 = _load(q_ptr, n, seeing, q_n, 0, E1, E)
-        dout1 = _load(dout_ptr, n, seeing, dout_n, 0, E1, E)
+        q1 = load(q_ptr, n, seeing, q_n, 0, E1, E)
+        dout1 = load(dout_ptr, n, seeing, dout_n, 0, E1, E)
         lse = tl.load(lse_ptr + bh * N + n, mask=seeing, other=0.0) * LOG2E
         delta = tl.load(delta_ptr + bh * N + n, mask=seeing, other=0.0)
         scores = tl.dot(k1, q1.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         dweights = tl.dot(v1, dout1.T, input_precision=PRECISION)
         if E2 > 0:
-            q2 = _load(q_ptr, n, seeing, q_n, E1, E2, E)
-            dout2 = _load(dout_ptr, n, seeing, dout_n, E1, E2, E)
+            q2 = load(q_ptr, n, seeing, q_n, E1, E2, E)
+            dout2 = load(dout_ptr, n, seeing, dout_n, E1, E2, E)
             scores = tl.dot(k2, q2.T, scores, input_precision=PRECISION)
             dweights = tl.dot(v2, dout2.T, dweights, input_precision=PRECISION)
         weights = tl.exp2(scores * (scale * LOG2E) - lse[None, :])
@@ -334,34 +243,55 @@ def _backward_kv(
         if E2 > 0:
             dv2 = tl.dot(weights, dout2, dv2, input_precision=PRECISION)
             dk2 = tl.dot(dscores, q2, dk2, input_precision=PRECISION)
-        i, at, stop = _advance(spans_ptr, i, at, stop, count, N, BLOCK_N)
+        i, at, stop = advance(spans_ptr, i, at, stop, count, N, BLOCK_N)
 
     dk_ptr += (b * M * heads + h) * E
     dv_ptr += (b * M * heads + h) * E
-    _store(dk_ptr, dk1 * scale, m, live, heads * E, 0, E1, E)
-    _store(dv_ptr, dv1, m, live, heads * E, 0, E1, E)
+    store(dk_ptr, dk1 * scale, m, live, heads * E, 0, E1, E)
+    store(dv_ptr, dv1, m, live, heads * E, 0, E1, E)
     if E2 > 0:
-        _store(dk_ptr, dk2 * scale, m, live, heads * E, E1, E2, E)
-        _store(dv_ptr, dv2, m, live, heads * E, E1, E2, E)
+        store(dk_ptr, dk2 * scale, m, live, heads * E, E1, E2, E)
+        store(dv_ptr, dv2, m, live, heads * E, E1, E2, E)
 
 
 def launch_forward(
-    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, row_spans: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: Tensor,
+    row_spans: Tensor,
+    scale: float,
+    by_descriptors: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out (B, N, heads, E) in the dtype of q, and lse (B, heads, N) in float32."""
+    """out (B, N, heads, E) in the dtype of q, and lse (B, heads, N) in float32.
+
+    `by_descriptors` forces the kernel of `descriptors.py`, or the one here; None chooses.
+    """
     q, k, v = _heads_together(q), _heads_together(k), _heads_together(v)
     B, N, heads, E = q.shape
     out = q.new_empty(q.shape)
     lse = q.new_empty((B, heads, N), dtype=torch.float32)
-    if out.numel():
-        blocks = _blocks(FORWARD, q)
-        _forward[_grid(rows, N, B * heads, blocks)](
-            q, k, v, out, lse, rows, row_spans,
-            *_strides(q), *_strides(k), *_strides(v),
-            heads, *_sizes(rows, row_spans, N, k.shape[1]), scale,
-            **_constants(E, q.dtype), BLOCK_N=blocks.rows, BLOCK_M=blocks.steps,
-            num_warps=blocks.warps, num_stages=blocks.stages,
-        )  # fmt: skip
+    if not out.numel():
+        return out, lse
+    width = sum(split(E))
+    if by_descriptors is None:
+        by_descriptors = descriptors.chosen(q, k, v, width)
+    elif by_descriptors and not descriptors.serves(q, k, v, width):
+        raise ValueError(f"no descriptor reads q, k and v of strides {q.stride()}, {k.stride()}")
+    blocks = _fitting(descriptors.BLOCKS, width) if by_descriptors else _blocks(FORWARD, q)
+    kernel = descriptors.forward if by_descriptors else _forward
+    launch = functools.partial(
+        kernel[_grid(rows, N, B * heads, blocks)],
+        q, k, v, out, lse, rows, row_spans,
+        *_strides(q), *_strides(k), *_strides(v),
+        heads, *_sizes(rows, row_spans, N, k.shape[1]), scale,
+        **_constants(E, q.dtype), BLOCK_N=blocks.rows, BLOCK_M=blocks.steps,
+        num_warps=blocks.warps, num_stages=blocks.stages,
+    )  # fmt: skip
+    if by_descriptors:
+        descriptors.with_scratch(launch, q.device)
+    else:
+        launch()
     return out, lse
 
 
@@ -403,8 +333,12 @@ def split(E: int) -> tuple[int, int]:
 
 
 def _blocks(table: dict[int, dict[int, Blocks]], q: Tensor) -> Blocks:
-    widths = table[32 if q.dtype == torch.float32 else 16]
-    return next(blocks for width, blocks in widths.items() if sum(split(q.shape[3])) <= width)
+    return _fitting(table[32 if q.dtype == torch.float32 else 16], sum(split(q.shape[3])))
+
+
+def _fitting(table: dict[int, Blocks], width: int) -> Blocks:
+    """The entry of the narrowest head that has room for `width`."""
+    return next(blocks for widest, blocks in table.items() if width <= widest)
 
 
 def _constants(E: int, dtype: torch.dtype) -> dict:
@@ -435,9 +369,10 @@ def _heads_together(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _variant(name: str, kernel, table, E: int, dtype: str = "bf16") -> Variant:
-    bits, torch_dtype = (32, torch.float32) if dtype == "fp32" else (16, torch.bfloat16)
-    blocks = next(b for width, b in table[bits].items() if sum(split(E)) <= width)
+def _variant(
+    name: str, kernel, table: dict[int, Blocks], E: int, dtype: str = "bf16", architectures=None
+) -> Variant:
+    blocks = _fitting(table, sum(split(E)))
     owned, other = ("BLOCK_M", "BLOCK_N") if kernel is _backward_kv else ("BLOCK_N", "BLOCK_M")
     tensors = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
     types = {f"{tensor}_ptr": f"*{dtype}:16" for tensor in tensors}
@@ -447,16 +382,24 @@ def _variant(name: str, kernel, table, E: int, dtype: str = "bf16") -> Variant:
     types |= {f"{t}_{axis}": "i32:16" for t in ("k", "v") for axis in "bmh"}
     types |= dict.fromkeys(("frames", "others", "N", "M", "table_b", "spans_b"), "i32")
     types |= {"heads": "i32:16", "scale": "fp32"}
-    constants = _constants(E, torch_dtype) | {owned: blocks.rows, other: blocks.steps}
-    return Variant(name, kernel, types, constants, blocks.warps, blocks.stages)
+    constants = _constants(E, torch.float32 if dtype == "fp32" else torch.bfloat16)
+    constants |= {owned: blocks.rows, other: blocks.steps}
+    return Variant(name, kernel, types, constants, blocks.warps, blocks.stages, architectures)
 
 
 # VDT-S, MarDini's generator and Pyramid Flow (64), VDT-L (72), MarDini's planner (128).
+WIDTHS = (64, 72, 128)
 VARIANTS = [
     *intervals_kernel.VARIANTS,
-    *(_variant(f"forward_{E}", _forward, FORWARD, E) for E in (64, 72, 128)),
-    *(_variant(f"backward_q_{E}", _backward_q, BACKWARD_Q, E) for E in (64, 72, 128)),
-    *(_variant(f"backward_kv_{E}", _backward_kv, BACKWARD_KV, E) for E in (64, 72, 128)),
-    _variant("forward_fp32_64", _forward, FORWARD, 64, "fp32"),
-    _variant("backward_kv_fp32_64", _backward_kv, BACKWARD_KV, 64, "fp32"),
-]
+    *(_variant(f"forward_{E}", _forward, FORWARD[16], E) for E in WIDTHS),
+    *(_variant(f"backward_q_{E}", _backward_q, BACKWARD_Q[16], E) for E in WIDTHS),
+    *(_variant(f"backward_kv_{E}", _backward_kv, BACKWARD_KV[16], E) for E in WIDTHS),
+    _variant("forward_fp32_64", _forward, FORWARD[32], 64, "fp32"),
+    _variant("backward_kv_fp32_64", _backward_kv, BACKWARD_KV[32], 64, "fp32"),
+    *(
+        _variant(
+            f"forward_descriptors_{E}", descriptors.forward, descriptors.BLOCKS, E,
+            architectures=("sm_90",),
+        ) for E in WIDTHS
+    ),
+]  # fmt: skip

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from benchmarks import compile as aot
-from benchmarks.harness import ROOT
+from benchmarks.machine import ROOT
 
 # What still spills, said in the rooms' pages. Nothing may be added, and what is mended goes.
 SPILLS = {
@@ -20,11 +20,17 @@ FOUND = {"registers": 64, "stack": 0, "shared": 128, "wide_loads": 6, "wgmma": 0
 def test_every_room_has_a_budget_for_its_variants():
     pytest.importorskip("triton")
     for room in aot.rooms():
-        names = [variant.name for variant in aot.variants(room)]
-        assert len(names) == len(set(names)) <= 12
+        variants = aot.variants(room)
+        assert len({variant.name for variant in variants}) == len(variants)
+        assert sum(variant.architectures is None for variant in variants) <= 12
         budgets = json.loads((aot.KERNELS / room / "budget.json").read_text())
         assert budgets.keys() == set(aot.ARCHITECTURES)
-        assert all(budget.keys() == set(names) for budget in budgets.values())
+        for architecture, budget in budgets.items():
+            assert budget.keys() == {
+                variant.name
+                for variant in variants
+                if architecture in (variant.architectures or budgets)
+            }
         spilling = {
             name
             for budget in budgets.values()
@@ -80,3 +86,24 @@ print("good" if good else "bad", aot.check_room("modulate", made, False))
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "good False"
     assert "> 1" in done.stdout
+
+
+@pytest.mark.parametrize("room", aot.rooms())
+def test_all_holds_every_variant_under_a_name_of_its_own(room):
+    pytest.importorskip("triton")
+    names = [variant.name for variant in aot.variants(room, everything=True)]
+    assert len(names) == len(set(names))
+    assert {variant.name for variant in aot.variants(room)} <= set(names)
+
+
+def test_of_all_only_what_has_a_budget_is_held_to_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(aot, "KERNELS", tmp_path)
+    (tmp_path / "room").mkdir()
+    (tmp_path / "room" / "budget.json").write_text(json.dumps({"sm_90": {"budgeted": FOUND}}))
+    spilling = FOUND | {"stack": 8}
+    beyond = aot.Compilation("room", "beyond", "sm_90", 0.1, spilling)
+    assert aot.check_room("room", [beyond], False, everything=True)
+    assert "spills" in capsys.readouterr().out
+    assert not aot.check_room("room", [beyond], False)
+    budgeted = aot.Compilation("room", "budgeted", "sm_90", 0.1, spilling)
+    assert not aot.check_room("room", [budgeted], False, everything=True)

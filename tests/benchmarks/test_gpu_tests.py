@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from benchmarks.harness import ROOT
+from benchmarks.machine import ROOT
 
 # Modules that such a machine lacks, and the plugins of pytest that come with them.
 LACKING = ["hypothesis", "diffusers", "av", "jsonargparse", "skimage", "tensorboard"]

@@ -139,6 +139,33 @@ def test_work_is_what_is_visible(monkeypatch):
         assert sum(counted) == 2 * pairs, mask
 
 
+@pytest.mark.parametrize("mask", ["identity", "causal"])
+def test_forward_holds_little_beside_its_result(monkeypatch, mask):
+    """What a call returns, before it is put in its place, is smaller than the call's scratch."""
+    returned, plain = [], grouped._flash
+
+    def flash(*arguments):
+        found = plain(*arguments)
+        returned.append(found[0].numel())
+        return found
+
+    monkeypatch.setattr(grouped, "_flash", flash)
+    q, k, v = torch.randn(3, 2, 1600, 8, 64)
+    masked_attention(q, k, v, visibility_of(mask, 400))
+    assert max(returned) <= grouped.MOST_NUMBERS * torch.get_num_threads()
+
+
+@pytest.mark.parametrize("most", [1, 200, 400, 800])
+@pytest.mark.parametrize("mask", MASKS)
+def test_cpu_by_few_samples_and_heads(monkeypatch, mask, most):
+    monkeypatch.setattr(grouped, "MOST_NUMBERS", most)
+    torch.manual_seed(0)
+    q, k, v, dout = torch.randn(4, 2, 16, 3, 16, dtype=torch.float64)
+    visibility = visibility_of(mask)
+    found, wanted = (f(q, k, v, visibility, dout, 0.25) for f in (ours, oracle))
+    torch.testing.assert_close(found, wanted)
+
+
 LAYOUTS = {
     "contiguous": lambda t: t,
     "a third of a wider row": lambda t: torch.stack([t] * 3, 2)[:, :, 1],

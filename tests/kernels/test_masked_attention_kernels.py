@@ -8,6 +8,7 @@ from tests.kernels.masked_attention_cases import (
     MASKS,
     OP,
     check_budget,
+    eager,
     launched,
     oracle,
     ours,
@@ -78,6 +79,74 @@ def test_kernels_on_nothing(device, rand):
     assert all(tensor.numel() == 0 for tensor in launched(q, q, q, visibility, q, 0.25))
 
 
+# ---- the forward kernel by tensor descriptors
+
+
+def by_descriptors(q, k, v, visibility, scale):
+    from fastvid.kernels.masked_attention.kernel import launch_forward
+
+    return launch_forward(q, k, v, *tables(visibility)[:2], scale, by_descriptors=True)
+
+
+@pytest.mark.usefixtures("interpreter", "poisoned")
+@pytest.mark.parametrize(
+    ("E", "dtype", "mask"),
+    [
+        (64, torch.float32, "identity"),
+        (72, torch.float16, "ragged"),
+        (128, torch.float16, "text"),
+        (24, torch.float32, "nothing"),
+    ],
+)
+def test_descriptors_give_what_pointers_give(device, rand, E, dtype, mask):
+    """To the last bits: the blocks differ, and with them the order of the sums."""
+    from fastvid.kernels.masked_attention.kernel import launch_forward
+
+    visibility = visibility_of(mask, 4, device)
+    q, k, v = rand(2, 16, 3, 1, E, dtype=dtype).unbind(2)
+    found = by_descriptors(q, k, v, visibility, E**-0.5)
+    wanted = launch_forward(q, k, v, *tables(visibility)[:2], E**-0.5, by_descriptors=False)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(found[0], wanted[0], rtol=4 * eps, atol=4 * eps)
+    torch.testing.assert_close(found[1], wanted[1], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_descriptors_walk_frames_longer_than_a_block(device, rand):
+    visibility = Visibility.causal(FrameLayout([131, 2], device=device))
+    q, k, v, dout = (rand(1, 133, 1, 64) for _ in range(4))
+    out, lse = by_descriptors(q, k, v, visibility, 0.125)
+    exact, exact_lse, *_ = oracle(q, k, v, visibility, dout, 0.125)
+    torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
+
+
+def test_descriptors_are_taken_where_they_were_measured_faster(monkeypatch):
+    pytest.importorskip("triton")
+    from fastvid.kernels.masked_attention import descriptors
+
+    class Tensor(torch.Tensor):
+        is_cuda = True
+
+    q = torch.zeros(2, 16, 3, 2, 64, dtype=torch.bfloat16).unbind(2)[0].as_subclass(Tensor)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert not descriptors.FASTER_ON, "no GPU was measured"
+    assert not descriptors.chosen(q, q, q, 64)
+    monkeypatch.setattr(descriptors, "FASTER_ON", {(9, 0)})
+    assert descriptors.chosen(q, q, q, 64)
+    assert not descriptors.chosen(q.float(), q.float(), q.float(), 64)
+    assert not descriptors.chosen(q, q, q, 256)
+    assert not descriptors.chosen(q[..., 1:], q, q, 64), "starts between two steps of 16 bytes"
+    assert not descriptors.chosen(q, q[:, :1].expand(q.shape), q, 64), "a step of nothing"
+
+
+def test_what_no_descriptor_reads_is_refused():
+    pytest.importorskip("triton")
+    q = torch.zeros(2, 16, 2, 65)[..., 1:]
+    with pytest.raises(ValueError, match="no descriptor reads"):
+        by_descriptors(q, q, q, visibility_of("full"), 1.0)
+
+
 def test_one_compilation_serves_every_layout(compilations):
     printed = compilations("""
 from fastvid.kernels._shared import intervals
@@ -107,6 +176,21 @@ def test_gpu_bf16_at_real_sizes(within_budget, rand, mask, E):
     dout = rand(2, 4000, 2, E, dtype=torch.bfloat16)
     found = ours(q, k, v, visibility, dout)
     check_budget(within_budget, found, q, k, v, visibility, dout, E**-0.5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("E", [64, 72, 128])
+@pytest.mark.parametrize("mask", MASKS)
+def test_gpu_descriptors_at_real_sizes(within_budget, rand, mask, E):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernel by tensor descriptors is made for sm_90")
+    visibility = visibility_of(mask, 1000, "cuda")
+    q, k, v = rand(2, 4000, 3, 2, E, dtype=torch.bfloat16).unbind(2)
+    out, lse = by_descriptors(q, k, v, visibility, E**-0.5)
+    exact, exact_lse, *_ = oracle(q, k, v, visibility, q, E**-0.5)
+    within_budget(out, eager(q, k, v, visibility, q, E**-0.5)[0], exact, "out")
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=2e-3, atol=2e-3)
+    assert torch.equal(by_descriptors(q, k, v, visibility, E**-0.5)[0], out)
 
 
 @pytest.mark.gpu

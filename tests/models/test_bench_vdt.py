@@ -18,7 +18,7 @@ def test_quick_run(tmp_path, capsys):
     assert row["rounds"] == 2
     assert row["fastvid_peak_mib"] > row["fastvid_baseline_mib"] > 0
     assert row["wall_ratio_p20"] <= row["wall_ratio_p50"] <= row["wall_ratio_p80"]
-    assert "vdt/step S/2 frames=2 float32" in capsys.readouterr().out
+    assert "vdt/step S/2 frames=2 side=128 batch=1 float32" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["result", "gradient of weight", "change of weight"])
@@ -41,7 +41,7 @@ def test_twice_the_error_of_the_rival_is_allowed():
 
 def test_the_floor_and_the_match_decide(monkeypatch, capsys):
     row = {"match": True, "wall_ratio_p50": 1.2}
-    monkeypatch.setattr(bench_vdt, "measure", lambda *_: row)
+    monkeypatch.setattr(bench_vdt, "measure", lambda *_, **__: row)
     monkeypatch.setattr(bench_vdt, "line", str)
     arguments = ["--size=S", "--frames=2", "--job=forward", "--threads=1", "--device=cpu"]
     assert bench_vdt.main(arguments) == 0

@@ -22,7 +22,7 @@ ROOT = Path(fastvid.__file__).parents[1]
 
 # Trains by the configs named on the command line, one after another.
 WORKER = """
-import sys
+import os, signal, sys
 from pathlib import Path
 import torch
 from fastvid.training import loop
@@ -43,12 +43,19 @@ for argument in sys.argv[1:]:
     if mode == "stop":
         def stopped(run, state, batch):
             if state.world.rank == 1 and state.step == 2:
-                import os, signal
                 os.kill(os.getpid(), signal.SIGTERM)
             return backward(run, state, batch)
         loop._backward = stopped
+    if mode == "kill":
+        def killed(run, state, batch):
+            once = Path(path).with_suffix(".killed")
+            if state.world.rank == 1 and state.step == 3 and not once.exists():
+                once.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return backward(run, state, batch)
+        loop._backward = killed
     try:
-        loop.train(read_config(Path(path)), resume=mode == "resume")
+        loop.train(read_config(Path(path)), resume=mode in ("resume", "kill"))
         assert mode not in ("nan", "stop")
     except NonFiniteError as error:
         assert mode == "nan", error
@@ -80,13 +87,14 @@ def run_two(tmp_path, *jobs):
             "torch.distributed.run",
             "--standalone",
             "--nproc-per-node=2",
+            "--max-restarts=1",
             script,
         ]
         + arguments,
         env=environment,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=300,
         check=False,
     )
     assert result.returncode == 0, result.stderr[-4000:]
@@ -110,12 +118,20 @@ def test_two_processes_train_like_one_and_take_over_from_each_other(config, tmp_
     train(half)  # begins in one process, goes on in two
     run_two(
         tmp_path,
+        ("kill", run("restarted")),  # first: a restart begins the list anew
         ("train", run("pair")),
         ("resume", run("grown", lr_end=1e-3)),
         ("train", run("shrunk", steps=2, lr_end=1e-3)),
         ("nan", run("spoiled", save_every=1, validate_every=0, keep=9)),
         ("stop", run("stopped", steps=9, save_every=0, validate_every=0)),
     )
+    assert (tmp_path / "0.killed").exists()
+    assert losses(tmp_path / "restarted") == losses(tmp_path / "pair")
+    weights = [
+        (tmp_path / name / "model" / "last" / "model.safetensors").read_bytes()
+        for name in ("restarted", "pair")
+    ]
+    assert weights[0] == weights[1]
     assert losses(tmp_path / "pair") == pytest.approx(losses(tmp_path / "alone"), rel=1e-6)
     one, two = (load_run(tmp_path / name / "model" / "last")[0] for name in ("alone", "pair"))
     # Outputs, not weights: a key's bias changes nothing, so Adam follows its rounding noise.

@@ -1,0 +1,72 @@
+"""The bytes and FLOPs of the benchmarks: by hand, and against PyTorch's counter.
+
+The counter reads 0 over SDPA on a CPU, so it runs under `SDPBackend.MATH`. Backward there is four
+products; the rooms make the scores anew, which is the fifth, and count it as everybody does.
+"""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import run
+from benchmarks.kernels import bench_masked_attention, bench_modulate, bench_temporal_attention
+
+CPU = torch.device("cpu")
+
+
+def counted(case, rival):
+    """FLOPs of a call of the rival, that of forward included if it is a backward."""
+    inputs = case.make_inputs(CPU)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        case.rivals[rival](*inputs)()
+    return counter.get_total_flops()
+
+
+# The rival that does no work on what is hidden: SDPA on slices.
+@pytest.mark.parametrize(
+    ("room", "rival"), [("masked_attention", "sliced"), ("temporal_attention", "permute")]
+)
+def test_flops_are_those_of_the_counter(room, rival):
+    cases = run.cases(room, CPU, quick=True)
+    assert any("backward" in case.name for case in cases)
+    for case in cases:
+        found = counted(case, rival)
+        if "backward" in case.name:
+            found *= 5 / 6  # two products forward and four backward were counted; five are meant
+        assert case.flops == found
+
+
+def test_flops_by_hand():
+    causal = run.cases("masked_attention", CPU, quick=True)[0]
+    pairs = 16 * 16 * (1 + 2 + 3 + 4)  # frames of 16 tokens: each sees itself and those before
+    assert causal.flops == 2 * 2 * (1 * 2) * pairs * 16
+    sizes = {"B": 3, "T": 5, "N": 7, "heads": 2, "E": 24}
+    assert bench_temporal_attention.flops(True, **sizes) == 2 * 2 * 3 * 7 * 2 * 25 * 24
+    assert bench_temporal_attention.flops(False, **sizes) == 5 * 2 * 3 * 7 * 2 * 25 * 24
+    assert bench_masked_attention.flops(False, 100.0, B=1, heads=2, E=8) == 5 * 2 * 100 * 2 * 8
+
+
+def test_bytes_by_hand():
+    one = 2 * 64 * 2 * 16 * 4  # a float32 tensor of (2, 64, 2, 16)
+    count = bench_masked_attention.bytes_moved
+    assert count(True, B=2, N=64, heads=2, E=16, itemsize=4) == 4 * one  # q k v | out
+    assert count(False, B=2, N=64, heads=2, E=16, itemsize=4) == 8 * one  # q k v out dout | 3
+    count = bench_temporal_attention.bytes_moved
+    assert count(True, B=2, T=8, N=8, heads=2, E=16, itemsize=4) == 4 * one  # q k v | out
+    assert count(False, B=2, T=8, N=8, heads=2, E=16, itemsize=4) == 7 * one  # q k v dout | 3
+    one = 2 * 64 * 384 * 2  # a bfloat16 tensor of (2, 64, 384)
+    count = bench_modulate.bytes_moved
+    assert count(True, B=2, N=64, D=384, itemsize=2) == 2 * one  # x | y
+    assert count(False, B=2, N=64, D=384, itemsize=2) == 3 * one  # x dy | dx
+
+
+@pytest.mark.parametrize("room", run.rooms())
+def test_no_room_counts_more_bytes_than_its_tensors_have(room):
+    """Saved results may be read beside the inputs; nothing is counted twice."""
+    for case in run.cases(room, CPU, quick=True):
+        inputs = case.make_inputs(CPU)
+        result = case.rivals["eager"](*inputs)()
+        results = [result] if isinstance(result, torch.Tensor) else [*result]
+        tensors = sum(tensor.nbytes for tensor in [*inputs, *results])
+        assert 0 < case.nbytes <= 1.3 * tensors

@@ -1,0 +1,70 @@
+"""`python -m benchmarks` and `pytest benchmarks/`."""
+
+import importlib
+import json
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import __main__ as verbs
+from benchmarks import run_models
+from benchmarks.machine import ROOT
+
+PYTEST = [sys.executable, "-m", "pytest", "-q", "benchmarks/", "--room", "modulate"]
+PYTEST += ["--case", "forward", "--dtype", "float32", "--benchmark-min-rounds=1"]
+PYTEST += ["--benchmark-max-time=0.01", "--benchmark-warmup=off"]
+
+
+def test_verbs_are_those_whose_module_is_here(capsys):
+    here = verbs.verbs()
+    wanted = {"kernels", "models", "compile", "gpu", "tune", "cpu_gate"}
+    assert wanted <= here.keys() <= verbs.VERBS.keys()
+    for module, _ in here.values():
+        assert callable(importlib.import_module(f"benchmarks.{module}").main)
+    assert verbs.main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert [verb for verb in here if f"  {verb}" not in printed] == []
+    assert verbs.main(["sideways"]) == verbs.main([]) == 2
+
+
+def test_models_hand_their_arguments_on(monkeypatch):
+    seen = []
+
+    class Model:
+        @staticmethod
+        def main(argv):
+            seen.append(argv)
+            return 0
+
+    monkeypatch.setattr(run_models, "names", lambda: ["toy"])
+    monkeypatch.setattr(run_models, "bench", lambda name: Model)
+    assert run_models.main(["toy", "--size", "S"]) == 0
+    assert run_models.main(["--quick"]) == 0
+    assert run_models.main([]) == 0
+    assert seen == [["--size", "S"], ["--quick"], []]
+
+
+@pytest.mark.parametrize("name", run_models.names())
+def test_every_model_has_what_the_verbs_need(name):
+    bench = run_models.bench(name)
+    assert all(
+        callable(getattr(bench, part)) for part in ("specs", "label", "within", "line", "main")
+    )
+
+
+def test_pytest_writes_and_compares_results(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    storage = [f"--benchmark-storage={tmp_path}"]
+    out = tmp_path / "out.json"
+    first = [*PYTEST, *storage, "--benchmark-save=first", f"--benchmark-json={out}"]
+    done = subprocess.run(first, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(out.read_text())["benchmarks"]
+    assert {each["params"]["rival"] for each in found} >= {"fastvid", "eager"}
+    assert all(each["extra_info"]["match"] for each in found)
+    assert "skipped" in done.stdout  # what is not installed
+    again = [*PYTEST, *storage, "--benchmark-compare=0001", "--benchmark-compare-fail=min:100000%"]
+    done = subprocess.run(again, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "(0001_first)" in done.stdout
