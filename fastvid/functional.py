@@ -7,7 +7,11 @@ whatever device its tensors are on.
 from fastvid.kernels._shared.visibility import FrameLayout, Visibility
 from fastvid.kernels.asymmetric_attention.op import asymmetric_attention
 from fastvid.kernels.masked_attention.op import masked_attention
-from fastvid.kernels.modulate.op import norm_modulate
+from fastvid.kernels.modulate.op import (
+    gated_residual,
+    gated_residual_norm_modulate,
+    norm_modulate,
+)
 from fastvid.kernels.noising.op import masked_mse, noising
 from fastvid.kernels.temporal_attention.op import temporal_attention
 
@@ -15,6 +19,8 @@ __all__ = [
     "FrameLayout",
     "Visibility",
     "asymmetric_attention",
+    "gated_residual",
+    "gated_residual_norm_modulate",
     "masked_attention",
     "masked_mse",
     "noising",

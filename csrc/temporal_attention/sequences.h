@@ -4,22 +4,6 @@
 
 #define INLINE TARGET inline __attribute__((always_inline))
 
-INLINE float widen(float value) { return value; }
-INLINE float widen(bf16 value) {
-  const uint32_t bits = uint32_t(value) << 16;
-  float wide;
-  std::memcpy(&wide, &bits, sizeof wide);
-  return wide;
-}
-
-INLINE void narrow(float value, float* out) { *out = value; }
-INLINE void narrow(float value, bf16* out) {  // to nearest, ties to even; NaN stays NaN
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  *out = bf16(value != value ? 0x7fc0 : rounded);
-}
-
 using Lanes = float __attribute__((vector_size(LANE_BYTES), may_alias));
 using Whole = int32_t __attribute__((vector_size(LANE_BYTES), may_alias));
 constexpr int kLanes = LANE_BYTES / sizeof(float);
