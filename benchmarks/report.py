@@ -2,7 +2,8 @@
 
 Per machine and room a roofline or the share of a copy, bars against the rivals, time and memory
 over frames and resolution, the history over commits; then the tables of the papers. The page holds
-its pictures; the same pictures lie beside it as PNG files.
+its pictures; the same pictures lie beside it as PNG files. `--readme` renews the picture and the
+table of VDT in the project's README instead.
 """
 
 import argparse
@@ -10,12 +11,16 @@ import base64
 import html
 import io
 import itertools
+from collections import defaultdict
 from pathlib import Path
 
 from benchmarks import plots, rows
 from benchmarks.harness import Row
 from benchmarks.papers import RESULTS, tables
 
+README = Path(__file__).parents[1] / "README.md"
+
+MARKS = ("<!-- made by python -m benchmarks report --readme -->", "<!-- end -->")
 STYLE = """
 body { font: 15px/1.5 Georgia, serif; color: #111; }
 body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
@@ -61,6 +66,35 @@ def build(found: list[Row], out: Path) -> Path:
         f"<h1>fastvid: what was measured</h1>{''.join(body)}</body></html>\n"
     )
     return page
+
+
+def table_of_models(found: list[Row]) -> str:
+    """The duels of models as a Markdown table: what the project's README shows."""
+    duels: dict[tuple, dict[str, Row]] = defaultdict(dict)
+    for row in rows.latest(found):
+        duels[row["case"], row["machine"], row["threads"]][row["rival"]] = row
+    lines = []
+    for (case, *_), sides in duels.items():
+        ours, theirs = sides["fastvid"], sides["eager"]
+        seconds = " | ".join(f"{side['p50_ms'] / 1e3:.3g} s" for side in (ours, theirs))
+        peak = f"{ours['peak_ratio']:.2f}" if "peak_ratio" in ours else ""
+        name = case.partition("/")[2]
+        lines.append(f"| {name} | {seconds} | {theirs['ratio_p50']:.2f}x | {peak} |")
+    head = ["| | fastvid | plain PyTorch | time | memory |", "|---|---|---|---|---|"]
+    return "\n".join(head + sorted(lines))
+
+
+def renew_readme(found: list[Row], readme: Path, picture: Path) -> None:
+    """Put the picture and the table of the models between the README's two marks."""
+    models = [row for row in found if row["room"] == "vdt" and row.get("match")]
+    figure = plots.versus(rows.latest(models))
+    if figure is None:
+        raise ValueError("found must hold a model beside its rival, got none")
+    figure.savefig(picture, dpi=130)
+    text = readme.read_text()
+    begin, end = (text.index(mark) for mark in MARKS)
+    body = f"{MARKS[0]}\n{table_of_models(models)}\n"
+    readme.write_text(text[:begin] + body + text[end:])
 
 
 def _room_section(own: list[Row], out: Path, slug: str) -> list[str]:
@@ -145,6 +179,11 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="file or folder of results")
     parser.add_argument("--out", type=Path, default=Path("runs/report"), help="folder to write")
+    parser.add_argument("--readme", action="store_true", help="renew the project's README")
     arguments = parser.parse_args(argv)
-    print(build(rows.read(arguments.results), arguments.out))
+    found = rows.read(arguments.results)
+    if arguments.readme:
+        renew_readme(found, README, RESULTS / "vdt.png")
+    else:
+        print(build(found, arguments.out))
     return 0

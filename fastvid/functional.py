@@ -12,6 +12,7 @@ from fastvid.kernels.modulate.op import (
     gated_residual_norm_modulate,
     norm_modulate,
 )
+from fastvid.kernels.noising.op import masked_mse, noising
 from fastvid.kernels.temporal_attention.op import temporal_attention
 
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "gated_residual",
     "gated_residual_norm_modulate",
     "masked_attention",
+    "masked_mse",
+    "noising",
     "norm_modulate",
     "temporal_attention",
 ]
