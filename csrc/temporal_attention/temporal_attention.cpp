@@ -4,6 +4,8 @@
 // rows come into padded float32 scratch; there one routine does every product, with a tile of the
 // result in registers. float32 and bfloat16; what else there is runs through PyTorch.
 
+#include "../_shared/cpu.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -154,14 +156,14 @@ struct Group {
   }
 };
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if HAS_X86_SETS
 namespace v4 {
-#define TARGET __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")))
+#define TARGET TARGET_V4
 #define LANE_BYTES 64
 #include "sequences.h"
 }  // namespace v4
 namespace v3 {
-#define TARGET __attribute__((target("avx2,fma")))
+#define TARGET TARGET_V3
 #define LANE_BYTES 32
 #include "sequences.h"
 }  // namespace v3
@@ -172,28 +174,8 @@ namespace any {
 #include "sequences.h"
 }  // namespace any
 
-// `call` with the arithmetic that suits this machine.
-#if defined(__x86_64__) && defined(__GNUC__)
-#define FOR_THIS_CPU(function, ...)                                                        \
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&           \
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"))            \
-    v4::function(__VA_ARGS__);                                                             \
-  else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))                \
-    v3::function(__VA_ARGS__);                                                             \
-  else                                                                                     \
-    any::function(__VA_ARGS__)
-#else
-#define FOR_THIS_CPU(function, ...) any::function(__VA_ARGS__)
-#endif
-
 Sizes sizes_of(const Tensor& q) {
   return {q.size(0), q.size(1), q.size(2), q.size(3), q.size(4)};
-}
-
-template <typename Call>
-void with_type(const Tensor& tensor, Call call) {
-  if (tensor.scalar_type() == ScalarType::Float) call(float{});
-  else call(bf16{});
 }
 
 int64_t grain_of(const Sizes& size) {
