@@ -300,19 +300,32 @@ def test_two_runs_give_the_same_bits():
 
 
 def test_full_visibility_may_go_to_pytorch(monkeypatch, caplog):
-    """The rule of the GPU, forced here; a caller who wants the lse gets the op."""
+    """The rule of the GPU, forced here; who wants the lse or a gradient gets the op."""
     paths.announce.cache_clear()
-    monkeypatch.setattr(op, "_vendor_serves", lambda q, visibility: visibility.sees_all)
+    rule = op._vendor_serves
+    monkeypatch.setattr(op, "_vendor_serves", lambda device, *call: rule("cuda", *call))
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 16, 2, 16)
     full = visibility_of("full")
     with caplog.at_level(logging.DEBUG, "fastvid.kernels"):
         out = masked_attention(q, k, v, full)
+        assert "masked_attention: SDPA, since nothing is hidden" in caplog.messages
+        caplog.clear()
         wanted, _ = masked_attention(q, k, v, full, return_lse=True)
+        trained = masked_attention(q, k.clone().requires_grad_(), v, full)
     torch.testing.assert_close(out, wanted)
     assert out.is_contiguous()
-    assert "masked_attention: SDPA, since nothing is hidden" in caplog.messages
-    assert "masked_attention: SDPA per group of frames" in caplog.messages
+    assert caplog.messages == ["masked_attention: SDPA per group of frames"]
+    assert "masked_attention" in type(trained.grad_fn).__name__
+
+
+def test_pytorch_takes_no_call_that_wants_a_gradient():
+    """Its backward on a GPU does not repeat its bits."""
+    full, causal = visibility_of("full"), visibility_of("causal")
+    assert op._vendor_serves("cuda", False, full)
+    assert not op._vendor_serves("cuda", True, full)
+    assert not op._vendor_serves("cuda", False, causal)
+    assert not op._vendor_serves("cpu", False, full)
 
 
 # ---- refusals
