@@ -1,6 +1,7 @@
 """The promises of `masked_attention`. Those of its kernels have a file of their own."""
 
 import copy
+import itertools
 import logging
 
 import pytest
@@ -153,6 +154,47 @@ def test_forward_holds_little_beside_its_result(monkeypatch, mask):
     q, k, v = torch.randn(3, 2, 1600, 8, 64)
     masked_attention(q, k, v, visibility_of(mask, 400))
     assert max(returned) <= grouped.MOST_NUMBERS * torch.get_num_threads()
+
+
+def allocated_at_most(function):
+    """Bytes that the allocator held at once, beyond what it held before."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        function()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events))
+
+
+@pytest.mark.parametrize("mask", ["known 9 of 17", "every other known", "causal over 16"])
+def test_memory_is_that_of_dense_attention(mask):
+    """Training on a packed qkv holds no more; forward, one call's result and queries besides."""
+    frames = 16 if "causal" in mask else 17
+    layout = FrameLayout([256] * frames)
+    visibility = {
+        "known 9 of 17": lambda: Visibility.identity(layout, [f < 9 for f in range(17)]),
+        "every other known": lambda: Visibility.identity(layout, [f % 2 == 0 for f in range(17)]),
+        "causal over 16": lambda: Visibility.causal(layout),
+    }[mask]()
+    qkv = torch.randn(1, 256 * frames, 3, 4, 64)
+    dout = torch.randn(1, 256 * frames, 4, 64)
+
+    def dense(q, k, v):
+        heads_first = (tensor.transpose(1, 2) for tensor in (q, k, v))
+        return F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+
+    def masked(q, k, v):
+        return masked_attention(q, k, v, visibility)
+
+    def train(attend):
+        leaf = qkv.detach().requires_grad_()
+        attend(*leaf.unbind(2)).backward(dout)
+
+    forward = [allocated_at_most(lambda f=f: f(*qkv.unbind(2))) for f in (masked, dense)]
+    training = [allocated_at_most(lambda f=f: train(f)) for f in (masked, dense)]
+    numbers = grouped.MOST_NUMBERS + grouped.MOST_TOKENS  # out and lse of one call
+    one_call = torch.get_num_threads() * numbers * qkv.itemsize
+    assert forward[0] <= forward[1] + (2 * one_call if "other" in mask else one_call)
+    assert training[0] <= 1.001 * training[1]  # the tables
 
 
 @pytest.mark.parametrize("most", [1, 200, 400, 800])
