@@ -25,7 +25,8 @@ def compiled_part() -> dict:
 
     # One binary for every torch from 2.11; with py_limited_api, for every Python from 3.10.
     define = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
-    flags = {"cxx": ["-std=c++20", "-O3", "-g0", "-fopenmp-simd", "-fvisibility=hidden", *define]}
+    host = ["-O3", "-g0", "-fopenmp-simd", "-fno-math-errno", "-fvisibility=hidden"]
+    flags = {"cxx": ["-std=c++20", *host, *define]}
     cuda = torch.version.cuda is not None and CUDA_HOME is not None
     if cuda:
         sources += sorted(str(path) for path in Path("csrc").glob("*/*.cu"))

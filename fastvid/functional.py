@@ -8,6 +8,7 @@ from fastvid.kernels._shared.visibility import FrameLayout, Visibility
 from fastvid.kernels.asymmetric_attention.op import asymmetric_attention
 from fastvid.kernels.masked_attention.op import masked_attention
 from fastvid.kernels.modulate.op import norm_modulate
+from fastvid.kernels.noising.op import masked_mse, noising
 from fastvid.kernels.temporal_attention.op import temporal_attention
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "Visibility",
     "asymmetric_attention",
     "masked_attention",
+    "masked_mse",
+    "noising",
     "norm_modulate",
     "temporal_attention",
 ]
