@@ -191,11 +191,11 @@ def backward(
     dq, dk, dv = (torch.zeros(t.shape, dtype=lse.dtype, device=t.device) for t in (q, k, v))
     if not dq.numel():
         plans = []  # the kernels divide by the batch and by the heads
-    inputs, grads = (dout, q, k, v, out, lse), (dq, dk, dv)
+    tensors = dout, q, k, v, out, lse, dq, dk, dv
     for sample, its_plan in zip(_samples(len(plans)), plans, strict=True):
-        its_inputs, its_grads = ([t[sample] for t in group] for group in (inputs, grads))
+        its_tensors = [t[sample] for t in tensors]
         for rectangle in its_plan.rectangles:
-            _backward_one(*its_inputs, *its_grads, rectangle, scale)
+            _backward_one(*its_tensors, rectangle, scale)
         for start, end in its_plan.alone:
             dv[sample, start:end] += dout[sample, start:end]
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
