@@ -56,7 +56,7 @@ def own_tile(
         before += tl.sum(tiles, axis=0)
     entry_ptr = table_ptr + entry * ENTRY
     count = tl.where(first < end, tl.load(entry_ptr + 2), 0)
-    spans_ptr += b * spans_b + entry.to(tl.int64) * others * 2
+    spans_ptr += b * spans_b + tl.cast(entry, tl.int64) * others * 2
     return bh, b, h, first, end, count, spans_ptr, tl.load(entry_ptr + 3), tl.load(entry_ptr + 4)
 
 
