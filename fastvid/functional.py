@@ -11,14 +11,19 @@ from fastvid.kernels.modulate.op import (
     gated_residual_norm_modulate,
     norm_modulate,
 )
+from fastvid.kernels.qk_norm_rope.op import qk_norm_rope
+from fastvid.kernels.qk_norm_rope.rotary import Rotary, rotary_table
 from fastvid.kernels.temporal_attention.op import temporal_attention
 
 __all__ = [
     "FrameLayout",
+    "Rotary",
     "Visibility",
     "gated_residual",
     "gated_residual_norm_modulate",
     "masked_attention",
     "norm_modulate",
+    "qk_norm_rope",
+    "rotary_table",
     "temporal_attention",
 ]
