@@ -43,7 +43,7 @@ def _case(name, forward, norm, across, grid, heads, E, dims, dtype, device, quic
     columns = [dim // 2 for dim in dims]
     cos, sin = (
         torch.cat(
-            [t[rotary.index[0, :, i].long()] for i, t in enumerate(joint.split(columns, 1))], 1
+            [t[rotary.rows[0, :, i].long()] for i, t in enumerate(joint.split(columns, 1))], 1
         )
         for joint in (rotary.cos, rotary.sin)
     )

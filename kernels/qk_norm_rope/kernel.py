@@ -346,8 +346,8 @@ def launch_backward(
     each = iter(parts.unbind())
     _backward[(chunks, 2)](
         *strided, *map(_packed, affine), *map(_packed, (cos, sin, index)), dq, dk,
-        *(None if t is None else next(each) for t in sums), tokens, N, chunk, _index_step(index), *steps, eps,
-        **constants, UNIT=unit, num_warps=warps,
+        *(None if t is None else next(each) for t in sums),
+        tokens, N, chunk, _index_step(index), *steps, eps, **constants, UNIT=unit, num_warps=warps,
     )  # fmt: skip
     if asked:
         _add_chunks[(triton.cdiv(width, 32), len(asked))](

@@ -156,6 +156,6 @@ def qk_norm_rope(
     turn: tuple = (None, None, None, (), True)
     if rotary is not None:
         expect_rotary(rotary, sizes)
-        expect_device("rotary.index", rotary.index, "q", q)
+        expect_device("rotary.rows", rotary.rows, "q", q)
         turn = tuple(rotary)
     return _qk_norm_rope(q, k, *affine.values(), *turn, norm, across_heads, float(eps))

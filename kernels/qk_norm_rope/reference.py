@@ -20,10 +20,9 @@ def qk_norm_rope(
     rotary: Rotary | None = None,
 ) -> tuple[Tensor, Tensor]:
     """q and k, normalised and turned; arguments as in `op.qk_norm_rope`."""
-    return tuple(
-        rotate(_affine(x, weight, bias, norm, across_heads, eps), rotary)
-        for x, weight, bias in ((q, q_weight, q_bias), (k, k_weight, k_bias))
-    )
+    q = _affine(q, q_weight, q_bias, norm, across_heads, eps)
+    k = _affine(k, k_weight, k_bias, norm, across_heads, eps)
+    return rotate(q, rotary), rotate(k, rotary)
 
 
 def qk_norm_rope_backward(
@@ -38,7 +37,7 @@ def qk_norm_rope_backward(
     k_weight: Tensor | None = None,
     eps: float = 1e-6,
     rotary: Rotary | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Gradients of q, k, q_weight, k_weight, q_bias and k_bias, written out."""
     grads = (
         _gradients(rotate(dy, rotary, back=True), x, weight, norm, across_heads, eps)
@@ -53,7 +52,7 @@ def rotate(x: Tensor, rotary: Rotary | None, back: bool = False) -> Tensor:
         return x
     turned, channel, pair = [], 0, 0
     for axis, dim in enumerate(rotary.dims):
-        row, columns = rotary.index[..., axis].long(), slice(pair, pair + dim // 2)
+        row, columns = rotary.rows[..., axis].long(), slice(pair, pair + dim // 2)
         cos, sin = (t[:, columns][row].unsqueeze(2).to(x.dtype) for t in (rotary.cos, rotary.sin))
         sin = -sin if back else sin
         part = x[..., channel : channel + dim]

@@ -43,13 +43,13 @@ class Rotary(NamedTuple):
 
     cos: Tensor  # (length, sum of dims / 2): the tables of the axes side by side
     sin: Tensor
-    index: Tensor  # (B or 1, N, axes) int32: the row of each token in the table of each axis
+    rows: Tensor  # (B or 1, N, axes) int32: of the table of each axis, the row that is a token's
     dims: tuple[int, ...]  # channels that each axis turns
     interleaved: bool = True
 
     @classmethod
     def of(
-        cls, tables: Sequence[tuple[Tensor, Tensor]], index: Tensor, *, interleaved: bool = True
+        cls, tables: Sequence[tuple[Tensor, Tensor]], rows: Tensor, *, interleaved: bool = True
     ) -> "Rotary":
         """Join one table per axis.
 
@@ -57,7 +57,7 @@ class Rotary(NamedTuple):
             tables: of each of one to three axes `(cos, sin)`, both (length, dim / 2), any float
                 dtype, such as `rotary_table` makes. Axis 0 turns the first channels of a head,
                 axis 1 those behind them; channels behind the last axis are not turned.
-            index: (B or 1, N, axes) int32, rows of the tables. Positions that are fractions are
+            rows: (B or 1, N, axes) int32, of the tables. Positions that are fractions are
                 rows of a table like any other. Rows that do not exist are the caller's fault: a
                 GPU does not check them.
             interleaved: pairs of an axis are its channels (0, 1), (2, 3), ...; else
@@ -77,7 +77,7 @@ class Rotary(NamedTuple):
             torch.cat([pad(pair[i], (0, 0, 0, length - len(pair[i]))) for pair in tables], dim=1)
             for i in range(2)
         )
-        rotary = cls(cos, sin, index, tuple(2 * c.shape[1] for c, _ in tables), interleaved)
+        rotary = cls(cos, sin, rows, tuple(2 * c.shape[1] for c, _ in tables), interleaved)
         expect_rotary(rotary, {})
         return rotary
 
@@ -86,10 +86,10 @@ def expect_rotary(rotary: Rotary, sizes: dict[str, int]) -> None:
     """Check the fields of `rotary` against `sizes` (B, N and E), where they are settled."""
     if not isinstance(rotary, Rotary):
         raise TypeError(f"rotary must be a Rotary, got {type(rotary).__name__}")
-    cos, sin, index, dims, _ = rotary
-    expect_shape("rotary.index", index, f"B|1 N {len(dims)}", sizes)
-    if index.dtype != torch.int32:
-        raise TypeError(f"rotary.index must be int32, got {index.dtype}")
+    cos, sin, rows, dims, _ = rotary
+    expect_shape("rotary.rows", rows, f"B|1 N {len(dims)}", sizes)
+    if rows.dtype != torch.int32:
+        raise TypeError(f"rotary.rows must be int32, got {rows.dtype}")
     if not all(dim > 0 and dim % 2 == 0 for dim in dims):
         raise ValueError(f"rotary.dims must be even and positive, got {dims}")
     if "E" in sizes and sum(dims) > sizes["E"]:
@@ -98,4 +98,4 @@ def expect_rotary(rotary: Rotary, sizes: dict[str, int]) -> None:
     expect_shape("rotary.sin", sin, "length pairs", table)
     for name, tensor in (("rotary.cos", cos), ("rotary.sin", sin)):
         expect_float(name, tensor)
-        expect_device(name, tensor, "rotary.index", index)
+        expect_device(name, tensor, "rotary.rows", rows)

@@ -1,4 +1,4 @@
-"""What the tests of `qk_norm_rope` share: norms, positions, layouts, what users write, the budget."""
+"""What the tests of `qk_norm_rope` share: norms, positions, layouts, the budget."""
 
 import functools
 
@@ -56,7 +56,7 @@ def make_rotary(turn, B, N, device="cpu"):
     columns = [torch.randint(n, (B, N), generator=generator) for n in lengths]
     index = torch.stack(columns, -1).int()
     rotary = Rotary.of(tables, index, interleaved=interleaved)
-    return rotary._replace(**{n: getattr(rotary, n).to(device) for n in ("cos", "sin", "index")})
+    return rotary._replace(**{n: getattr(rotary, n).to(device) for n in ("cos", "sin", "rows")})
 
 
 def make_affine(draw, norm, heads, E):

@@ -81,9 +81,9 @@ def test_kernel_takes_any_strides(rand, layout):
 def test_kernel_mixes_dtypes_and_takes_one_index_for_all_samples(rand):
     q, k, douts, affine, rotary = make(rand, 2, 5, 3, 24, "rms per head", "one axis")
     q, k, douts = q.half(), k.half(), [d.half() for d in douts]
-    rotary = rotary._replace(index=rotary.index[:1])
+    rotary = rotary._replace(rows=rotary.rows[:1])
     rule = arguments("rms per head", affine, rotary)
-    again = rotary._replace(index=rotary.index.repeat(2, 1, 1))
+    again = rotary._replace(rows=rotary.rows.repeat(2, 1, 1))
     found = *launch(q, k, *rule), *launch_backward(*douts, q, k, *rule)
     rule = arguments("rms per head", affine, again)
     wanted = *launch(q, k, *rule), *launch_backward(*douts, q, k, *rule)
