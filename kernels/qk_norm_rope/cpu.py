@@ -62,7 +62,7 @@ def _gradients(turn, dy, x, weight, bias, norm, across_heads, eps):
 
 
 def _normalized(x, norm, across_heads, eps):
-    """(tokens, heads, E), or across heads (tokens, heads * E), wide, ours to overwrite; and rstd."""
+    """(tokens, heads, E), or across heads (tokens, heads * E), wide, to overwrite; and rstd."""
     if norm is None:
         return _copy(x), None
     wide = _wide(x, x)
