@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-PIECE = 65536  # numbers of q or k
+PIECE = 1 << 18  # numbers of q or k
 
 
 def forward(q, k, q_weight, k_weight, q_bias, k_bias, cos, sin, index, dims, interleaved, *norm):
@@ -14,11 +14,7 @@ def forward(q, k, q_weight, k_weight, q_bias, k_bias, cos, sin, index, dims, int
         y = x.new_empty(x.shape)
         weight, bias = _wide(weight, x), _wide(bias, x)
         for piece in _pieces(x):
-            rows, _ = _normalized(x[piece], *norm)
-            if weight is not None:
-                rows = rows.mul_(weight)
-            if bias is not None:
-                rows = rows.add_(bias)
+            rows = _affine(x[piece], weight, bias, *norm)
             y[piece] = turn(rows.view(y[piece].shape), piece)
         found.append(y)
     return tuple(found)
@@ -39,59 +35,75 @@ def backward(
 
 def _gradients(turn, dy, x, weight, bias, norm, across_heads, eps):
     """Of x, weight and bias."""
-    dx, gain = x.new_empty(x.shape), _wide(weight, x)
+    dx, gain, shift = x.new_empty(x.shape), _wide(weight, x), _wide(bias, x)
     sums = [_wide(x.new_zeros(t.shape if t is not None else 0), x) for t in (weight, bias)]
     for piece in _pieces(x):
         g = turn(_copy(dy[piece]), piece, back=True)
         g = g.flatten(1) if across_heads else g
-        rows = tuple(range(g.dim() - 1))
-        if bias is not None:
-            sums[1] += g.sum(rows)
-        if norm is not None:
-            normed, rstd = _normalized(x[piece], norm, across_heads, eps)
+        if norm == "layer":
+            wide, width = _rows(x[piece], across_heads), g.shape[-1:]
+            _, mean, rstd = torch.native_layer_norm(wide, width, None, None, eps)
+            g, *rows = torch.ops.aten.native_layer_norm_backward(
+                g, wide, width, mean, rstd, gain, shift, [True, gain is not None, shift is not None]
+            )
+            for total, row in zip(sums, rows, strict=True):
+                if total.numel():
+                    total += row
+        elif norm == "rms":
+            normed, rstd = _rms_normed(_rows(x[piece], across_heads), eps)
+            over = tuple(range(g.dim() - 1))
+            if shift is not None:
+                sums[1] += g.sum(over)
             if gain is not None:
-                sums[0] += (g * normed).sum(rows)
+                sums[0] += (g * normed).sum(over)
                 g = g.mul_(gain)
             along = (g * normed).mean(-1, keepdim=True)
-            mean = g.mean(-1, keepdim=True) if norm == "layer" else None
-            g = g.addcmul_(normed, along, value=-1)
-            g = (g if mean is None else g.sub_(mean)).mul_(rstd)
+            g = g.addcmul_(normed, along, value=-1).mul_(rstd)
         dx[piece] = g.view(dx[piece].shape)
     dtypes = (x.dtype if t is None else t.dtype for t in (weight, bias))
     return dx, *(total.to(dtype) for total, dtype in zip(sums, dtypes, strict=True))
 
 
-def _normalized(x, norm, across_heads, eps):
-    """(tokens, heads, E), or across heads (tokens, heads * E), wide, to overwrite; and rstd."""
+def _affine(x, weight, bias, norm, across_heads, eps):
+    """(tokens, heads, E) normalised, with weight and bias; wide, contiguous, to overwrite."""
     if norm is None:
-        return _copy(x), None
-    wide = _wide(x, x)
-    wide = wide.flatten(1) if across_heads else wide
+        return _copy(x)
+    rows = _rows(x, across_heads)
     if norm == "layer":
-        y, _, rstd = torch.native_layer_norm(wide, wide.shape[-1:], None, None, eps)
-        return y, rstd
-    rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
-    rstd = rstd.div_(wide.shape[-1]).add_(eps).rsqrt_()
-    return (wide * rstd).contiguous(), rstd
+        return torch.native_layer_norm(rows, rows.shape[-1:], weight, bias, eps)[0]
+    y, _ = _rms_normed(rows, eps)
+    y = y if weight is None else y.mul_(weight)
+    return y if bias is None else y.add_(bias)
+
+
+def _rms_normed(rows, eps):
+    rstd = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).square_()
+    rstd = rstd.div_(rows.shape[-1]).add_(eps).rsqrt_()
+    return (rows * rstd).contiguous(), rstd
+
+
+def _rows(x: Tensor, across_heads: bool) -> Tensor:
+    """Wide, one row per norm."""
+    wide = _wide(x, x)
+    return wide.flatten(1) if across_heads else wide
 
 
 class _Turn:
     """Turns pieces of tokens in place."""
 
     def __init__(self, x: Tensor, cos, sin, index, dims, interleaved):
-        self.dims, self.interleaved, self.table = dims, interleaved, None
+        self.dims, self.interleaved, self.angles = dims, interleaved, None
         if cos is not None:
-            self.table = torch.complex(_wide(cos, x), _wide(sin, x))
-            self.index = index.expand(len(x), -1, -1)
+            joint = torch.complex(_wide(cos, x), _wide(sin, x))
+            tables = joint.split([dim // 2 for dim in dims], dim=1)
+            angles = torch.cat([t[index[..., i]] for i, t in enumerate(tables)], dim=-1)
+            self.angles = angles.expand(len(x), -1, -1).unsqueeze(2)  # (B, N, 1, pairs)
 
     def __call__(self, rows: Tensor, piece, back: bool = False) -> Tensor:
         """Turn (tokens, heads, E), contiguous, in place, or `back`."""
-        if self.table is None:
+        if self.angles is None:
             return rows
-        index = self.index[piece]
-        pieces = self.table.split([dim // 2 for dim in self.dims], dim=1)
-        angles = torch.cat([t[index[:, axis]] for axis, t in enumerate(pieces)], dim=1)
-        angles = (angles.conj_physical() if back else angles).unsqueeze(1)  # (tokens, 1, pairs)
+        angles = self.angles[piece].conj_physical() if back else self.angles[piece]
         if self.interleaved:
             turned = rows[..., : sum(self.dims)].unflatten(-1, (-1, 2))
             torch.view_as_complex(turned).mul_(angles)
