@@ -13,10 +13,13 @@ from fastvid.kernels.modulate.op import (
     norm_modulate,
 )
 from fastvid.kernels.noising.op import masked_mse, noising
+from fastvid.kernels.qk_norm_rope.op import qk_norm_rope
+from fastvid.kernels.qk_norm_rope.rotary import Rotary, rotary_table
 from fastvid.kernels.temporal_attention.op import temporal_attention
 
 __all__ = [
     "FrameLayout",
+    "Rotary",
     "Visibility",
     "asymmetric_attention",
     "gated_residual",
@@ -25,5 +28,7 @@ __all__ = [
     "masked_mse",
     "noising",
     "norm_modulate",
+    "qk_norm_rope",
+    "rotary_table",
     "temporal_attention",
 ]
