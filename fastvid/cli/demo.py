@@ -44,6 +44,7 @@ class Verdict(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> int:
+    from fastvid import __version__
     from fastvid.training.batches import open_sets
     from fastvid.training.codec import build_codec
     from fastvid.training.evaluate import format_table, write_json
@@ -72,8 +73,15 @@ def main(argv: Sequence[str]) -> int:
             draw_task(out, model, codec, config, shown, task, steps=steps)
     draw_losses(out / "loss.png", Path(config.run.folder), stopped)
     verdicts = compare(scores)
-    result = {"scores": scores, "verdicts": [v.text for v in verdicts], "seconds": seconds}
-    write_json(result | {"steps": config.run.steps}, out / "metrics.json")
+    result = {
+        "fastvid": __version__,
+        "torch": torch.__version__,
+        "steps": config.run.steps,
+        "scores": scores,
+        "verdicts": [verdict.text for verdict in verdicts],
+        "seconds": seconds,
+    }
+    write_json(result, out / "metrics.json")
 
     print("\n" + "\n\n".join(format_table(scores[task]) for task in scores))
     print("\n" + "\n".join(verdict.text for verdict in verdicts))

@@ -93,16 +93,18 @@ def enlarged(video: Tensor, smallest: int = SMALLEST) -> Tensor:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="fastvid sample",
-        description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(prog="fastvid sample", description=__doc__)
     add = parser.add_argument
     add("run", help="run folder of `fastvid train`, or a model folder in one")
     add("--task", choices=TASKS, required=True, metavar="TASK", help=", ".join(TASKS))
-    add("--input", nargs="+", default=[], metavar="CLIP", help="video files, or images")
-    add("--start", type=int, default=0, help="first frame of the input to use")
+    add(
+        "--input",
+        nargs="+",
+        default=[],
+        metavar="CLIP",
+        help="video files, folders of frames, or images",
+    )
+    add("--start", type=int, default=0, help="first frame of the input to use [0]")
     add("--stride", type=int, help="take every so manyth frame of the input [that of training]")
     add("--given", type=int, metavar="K", help="given frames [those of training, else of the task]")
     add("--frames", type=int, metavar="N", help="frames of the clip to make [those of training]")
@@ -114,11 +116,13 @@ def _parser() -> argparse.ArgumentParser:
         "--one-pass", action="store_true", help="make a long clip at once, by a longer time table"
     )
     add("--overlap", type=int, help="frames a window sees of the one before [as many as given]")
-    add("--steps", type=int, default=50, help="DDIM steps")
-    add("--eta", type=float, default=0.0, help="noise of the DDIM steps: 0 none, 1 as ancestral")
-    add("--seed", type=int, default=0, help="of the first sample; the next ones count up")
-    add("--samples", type=int, default=1, help="samples of every input")
-    add("--batch", type=int, default=8, help="clips at a time; changes no result")
+    add("--steps", type=int, default=50, help="DDIM steps [50]")
+    add(
+        "--eta", type=float, default=0.0, help="noise of the DDIM steps: 0 none, 1 as ancestral [0]"
+    )
+    add("--seed", type=int, default=0, help="of the first sample; the next ones count up [0]")
+    add("--samples", type=int, default=1, help="samples of every input [1]")
+    add("--batch", type=int, default=8, help="clips at a time; changes no result [8]")
     add("--device", choices=("cpu", "cuda"), help="[CUDA where there is one]")
     add("--out", metavar="DIR", help="where files go [RUN/samples]")
     return parser
@@ -175,11 +179,17 @@ def _read(
     path: Path, start: int, frames: int, stride: int, config: "TrainConfig"
 ) -> tuple[Tensor, float]:
     """Up to `frames` frames as (3, T, H, W) in [-1, 1] at the run's size, and their rate."""
-    from fastvid.data.frames import IMAGES, read_image
+    from fastvid.data.frames import IMAGES, frame_folders, read_image
     from fastvid.data.video import probe, read_clip, resize
 
     size, fit = config.data.size, config.data.fit
-    if path.suffix.lower() in IMAGES:
+    if path.is_dir():
+        images = next((f for f in frame_folders(path) if f[0].parent == path), [])
+        if not (wanted := images[start::stride][:frames]):
+            raise ValueError(f"{path} has {len(images)} frames, none from --start {start} on")
+        levels = torch.cat([resize(read_image(image)[None], size, fit) for image in wanted])
+        fps = FPS
+    elif path.suffix.lower() in IMAGES:
         levels, fps = resize(read_image(path)[None], size, fit), FPS
     else:
         info = probe(path)
