@@ -195,7 +195,7 @@ def backward(
     for sample, its_plan in zip(_samples(len(plans)), plans, strict=True):
         its_tensors = [t[sample] for t in tensors]
         for rectangle in its_plan.rectangles:
-            _backward_one(*its_tensors, rectangle, scale)
+            _backward_one(*its_tensors, rectangle=rectangle, scale=scale)
         for start, end in its_plan.alone:
             dv[sample, start:end] += dout[sample, start:end]
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
