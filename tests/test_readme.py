@@ -77,6 +77,13 @@ def test_links_lead_somewhere(page):
     assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_named_tests_exist(page):
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / page).read_text("utf-8")))
+    sources = [path.read_text("utf-8") for path in (ROOT / "tests").rglob("test_*.py")]
+    assert {n for n in named if not any(f"def {n}(" in source for source in sources)} == set()
+
+
 def test_every_page_is_looked_at():
     wanted = {"README.md", "CONTRIBUTING.md", "csrc/README.md", "kernels/modulate/README.md"}
     assert wanted | {"fastvid/training/README.md", "benchmarks/results/README.md"} <= set(PAGES)
