@@ -195,13 +195,13 @@ def backward(
     for sample, its_plan in zip(_samples(len(plans)), plans, strict=True):
         its_tensors = [t[sample] for t in tensors]
         for rectangle in its_plan.rectangles:
-            _backward_one(*its_tensors, rectangle=rectangle, scale=scale)
+            _backward_one(rectangle, scale, *its_tensors)
         for start, end in its_plan.alone:
             dv[sample, start:end] += dout[sample, start:end]
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
 
 
-def _backward_one(dout, q, k, v, out, lse, dq, dk, dv, rectangle, scale):
+def _backward_one(rectangle, scale, dout, q, k, v, out, lse, dq, dk, dv):
     for queries in _blocks(rectangle.queries):
         for samples, heads in _lots(q, _size(queries)):
             lot = samples, slice(None), heads
