@@ -25,7 +25,8 @@ from benchmarks.models.duel import Contender, duel, serve
 from benchmarks.rivals.vdt_eager import VDTEager
 from fastvid.diffusion.sampling import sample_ddim
 from fastvid.diffusion.schedule import linear, respace
-from fastvid.models.vdt import VDT, VDT_L, VDT_S, VDTConfig, _official_layout
+from fastvid.models.vdt import VDT, VDT_L, VDT_S, VDTConfig
+from fastvid.models.vdt_official import layout as official_layout
 
 JOBS = ("forward", "backward", "step", "sample")
 SIZES = {"S": VDT_S, "L": VDT_L}
@@ -118,7 +119,8 @@ def prepare(spec: dict[str, Any]) -> tuple[Callable[[], Tensor], Callable[[Tenso
 def _official(model: torch.nn.Module, config: VDTConfig, values: Results) -> Results:
     """Some of the values of each tensor, in float32, under the official names."""
     if isinstance(model, VDT):
-        layout = _official_layout(config)
+        shapes = {name: value.shape for name, value in model.state_dict().items()}
+        layout = official_layout(config, shapes)
         values = {
             official: piece
             for name, value in values.items()
