@@ -28,8 +28,7 @@ class Clip(NamedTuple):
 
 @torch.inference_mode()
 def main(argv: Sequence[str]) -> int:
-    from tqdm import tqdm
-
+    from fastvid.cli._sampling import latent_bound, pick_device, pick_task, progress_bar
     from fastvid.training.build import build_schedule
     from fastvid.training.runs import load_run
     from fastvid.training.sample import sample_task, with_frames
@@ -37,29 +36,24 @@ def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     _check(options)
     model, config, codec = load_run(options.run)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device(options.device)
     model, codec = model.to(device), codec.to(device)
     frames = options.frames or config.data.frames
     if options.one_pass and frames > model.config.frames:
         model = with_frames(model, frames)
     model.fold()
-    task, given = options.task, options.given
-    if given is None:
-        given = config.diffusion.given.get(task)
-    if task == "image-to-video" and options.given is None:
-        task, given = "predict", 1  # the first frame, not any: an image has no other
+    task, given = pick_task(config, options.task, options.given)
 
     clips = _clips(options, config, model, task, given, frames)
     jobs = [(clip, seed) for clip in clips for seed in _seeds(options)]
     batches = [jobs[i : i + options.batch] for i in range(0, len(jobs), options.batch)]
     out = Path(options.out or Path(options.run) / "samples")
-    with tqdm(unit="step", desc=options.task, disable=None) as bar:  # None: only on a terminal
+    with progress_bar(unit="step", desc=options.task) as progress:
+        for number, jobs_together in enumerate(batches):
 
-        def progress(done: int, total: int) -> None:
-            bar.total = total * len(batches)
-            bar.update()
+            def tick(done: int, total: int, before: int = number) -> None:
+                progress(before * total + done, len(batches) * total)
 
-        for jobs_together in batches:
             video = [clip.video for clip, _ in jobs_together]
             length = min((v.shape[1] for v in video if v is not None), default=0)
             made = sample_task(
@@ -75,8 +69,8 @@ def main(argv: Sequence[str]) -> int:
                 steps=min(options.steps, config.diffusion.steps),
                 eta=options.eta,
                 prediction=config.diffusion.prediction,
-                clip=1.0 if config.codec.kind == "pixel" else None,
-                progress=progress,
+                clip=latent_bound(config),
+                progress=tick,
             )
             for (clip, seed), video_made, known in zip(jobs_together, *made, strict=True):
                 name = f"{clip.name}-{options.task}-seed{seed}"
