@@ -34,14 +34,16 @@ def searches() -> list[Search]:
 
 
 def _variant(run, width: int, E: int, candidate: kernel.Blocks) -> Variant:
-    return kernel._variant("tried", run, {16: {width: candidate}}, E)
+    return kernel._variant("tried", run, {width: candidate}, E)
 
 
 def all_variants() -> list[Variant]:
     """Every head width that is served, in 16 and in 32 bits."""
     return kernel.VARIANTS + [
-        kernel._variant(f"{table.lower()}_{dtype}_{E}_all", run, getattr(kernel, table), E, dtype)
+        kernel._variant(
+            f"{table.lower()}_{dtype}_{E}_all", run, getattr(kernel, table)[bits], E, dtype
+        )
         for table, (_, run) in KERNELS.items()
         for E in range(16, 257, 8)
-        for dtype in ("bf16", "fp32")
+        for dtype, bits in (("bf16", 16), ("fp32", 32))
     ]

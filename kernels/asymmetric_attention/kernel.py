@@ -116,7 +116,8 @@ def _forward(
     first = tl.where(clip != 0, 0, t)
     frames = tl.where(clip != 0, F, 1) * _wanted(known_ptr, b * known_b + t * known_t)
     for f in range(first, first + frames):
-        k_frame, v_frame = k_ptr + f * k_t * UNIT, v_ptr + f * v_t * UNIT
+        far = tl.cast(f, tl.int64) * UNIT  # the interpreter counts loops in int32
+        k_frame, v_frame = k_ptr + far * k_t, v_ptr + far * v_t
         for start in range(0, M, BLOCK_M):
             m = start + tl.arange(0, BLOCK_M)
             seen = m < M
@@ -234,7 +235,8 @@ def _backward_q(
     first = tl.where(clip != 0, 0, t)
     frames = tl.where(clip != 0, F, 1) * _wanted(known_ptr, b * known_b + t * known_t)
     for f in range(first, first + frames):
-        k_frame, v_frame = k_ptr + f * k_t * UNIT, v_ptr + f * v_t * UNIT
+        far = tl.cast(f, tl.int64) * UNIT  # the interpreter counts loops in int32
+        k_frame, v_frame = k_ptr + far * k_t, v_ptr + far * v_t
         for start in range(0, M, BLOCK_M):
             m = start + tl.arange(0, BLOCK_M)
             seen = m < M
@@ -290,7 +292,7 @@ def _backward_kv(
     # Frames of queries, counted through all samples: every one in the clip, or the f-th of each.
     first = b * T + tl.where(clip != 0, 0, f)
     for frame in range(first, (b + samples) * T, tl.where(clip != 0, 1, T)):
-        sample, t = frame // T, frame % T
+        sample, t = tl.cast(frame, tl.int64) // T, tl.cast(frame, tl.int64) % T
         q_frame = q_ptr + (sample * q_b + t * q_t + h * q_h) * UNIT
         dout_frame = dout_ptr + (sample * dout_b + t * dout_t + h * dout_h) * UNIT
         row = ((sample * heads + h) * T + t) * N

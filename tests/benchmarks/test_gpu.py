@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import goals, gpu, harness, run_models
+from benchmarks import goals, gpu, harness, run, run_models
 
 
 @pytest.fixture
@@ -63,7 +63,8 @@ def test_a_dry_run_ends_with_the_goals_and_a_second_one_has_nothing_to_do(
 def test_a_run_that_was_cut_off_goes_on(short, capsys, tmp_path):
     arguments = ["--dry-run", "--out", str(tmp_path)]
     assert gpu.main([*arguments, "--minutes", "0"]) == 1
-    assert "out of time: 5 cases left" in capsys.readouterr().out
+    left = len(run.cases("modulate", torch.device("cpu"), True)) + 1  # and the model
+    assert f"out of time: {left} cases left" in capsys.readouterr().out
     assert len(harness.read_rows(tmp_path / "rows.jsonl")) == 1
     assert gpu.main(arguments) == 0
     assert short == ["tests", "model"]
@@ -121,8 +122,9 @@ def test_cases_get_what_is_left_of_the_time_at_most(short, tmp_path, monkeypatch
     monkeypatch.setattr(harness, "table", str)
     gpu.main(["--dry-run", "--out", str(tmp_path / "a"), "--row-seconds", "3"])
     gpu.main(["--dry-run", "--out", str(tmp_path / "b"), "--minutes", "0.03"])
-    assert budgets[:4] == [3.0] * 4
-    assert all(0 < budget < 1.8 for budget in budgets[4:])
+    cases = len(run.cases("modulate", torch.device("cpu"), True))
+    assert budgets[:cases] == [3.0] * cases
+    assert all(0 < budget < 1.8 for budget in budgets[cases:])
 
 
 def test_the_tests_of_the_gpu_are_run_and_their_end_is_kept(tmp_path, monkeypatch):

@@ -167,9 +167,7 @@ for B, T, N, M, heads in sizes:
 names = "_forward", "_forward_resident", "_backward_q", "_backward_kv"
 print(*(count(getattr(kernel, name)) for name in names))
 """)
-    *others, keys = (int(number) for number in printed.split())
-    assert others == [1, 1, 1]
-    assert keys == 2  # into the result, and into the sums of parts
+    assert printed.split() == ["1"] * 4
 
 
 @pytest.mark.usefixtures("interpreter")
