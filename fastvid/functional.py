@@ -6,6 +6,7 @@ whatever device its tensors are on.
 
 from fastvid.kernels._shared.visibility import FrameLayout, Visibility
 from fastvid.kernels.asymmetric_attention.op import asymmetric_attention
+from fastvid.kernels.guided_step.op import guided_step
 from fastvid.kernels.masked_attention.op import masked_attention
 from fastvid.kernels.modulate.op import norm_modulate
 from fastvid.kernels.noising.op import masked_mse, noising
@@ -15,6 +16,7 @@ __all__ = [
     "FrameLayout",
     "Visibility",
     "asymmetric_attention",
+    "guided_step",
     "masked_attention",
     "masked_mse",
     "noising",

@@ -111,9 +111,9 @@ def _noising_gradient(ctx, dnoisy, dtarget):
         dtarget = torch.zeros_like(dnoisy)
     target = "eps" if ctx.target == "none" else ctx.target
     wide = torch.promote_types(dnoisy.dtype, torch.float32)
-    alpha, sigma, *known = ctx.saved_tensors
+    alpha, sigma, known, known_alpha, known_sigma = ctx.saved_tensors
     dx0, dnoise = reference.noising_backward(
-        dnoisy.to(wide), dtarget.to(wide), alpha, sigma, *known, target=target
+        dnoisy.to(wide), dtarget.to(wide), alpha, sigma, known, known_alpha, known_sigma, target
     )
     given = None if ctx.noise_dtype is None else dnoise.to(ctx.noise_dtype)
     return dx0.to(dnoisy.dtype), None, None, given, *(None,) * 6
