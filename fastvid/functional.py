@@ -8,18 +8,29 @@ from fastvid.kernels._shared.visibility import FrameLayout, Visibility
 from fastvid.kernels.asymmetric_attention.op import asymmetric_attention
 from fastvid.kernels.guided_step.op import guided_step
 from fastvid.kernels.masked_attention.op import masked_attention
-from fastvid.kernels.modulate.op import norm_modulate
+from fastvid.kernels.modulate.op import (
+    gated_residual,
+    gated_residual_norm_modulate,
+    norm_modulate,
+)
 from fastvid.kernels.noising.op import masked_mse, noising
+from fastvid.kernels.qk_norm_rope.op import qk_norm_rope
+from fastvid.kernels.qk_norm_rope.rotary import Rotary, rotary_table
 from fastvid.kernels.temporal_attention.op import temporal_attention
 
 __all__ = [
     "FrameLayout",
+    "Rotary",
     "Visibility",
     "asymmetric_attention",
+    "gated_residual",
+    "gated_residual_norm_modulate",
     "guided_step",
     "masked_attention",
     "masked_mse",
     "noising",
     "norm_modulate",
+    "qk_norm_rope",
+    "rotary_table",
     "temporal_attention",
 ]

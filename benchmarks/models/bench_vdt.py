@@ -1,6 +1,6 @@
 """VDT against the official order of operations: `python -m benchmarks.models.bench_vdt`.
 
-Forward, forward + backward, an AdamW step and DDIM sampling of S/2 and L/2 on 16 x 16 latents.
+Forward, forward + backward, an AdamW step and DDIM sampling of S/2 and L/2 at 128 pixels and more.
 Both sides load the same weights; the match of their results stands in the row of their times:
 the predictions or samples, or the gradients of the input and of every parameter, and what the step
 changed. float32 is held to the rival's float32, bfloat16 to at most twice the rival's error.
@@ -25,7 +25,8 @@ from benchmarks.models.duel import Contender, duel, serve
 from benchmarks.rivals.vdt_eager import VDTEager
 from fastvid.diffusion.sampling import sample_ddim
 from fastvid.diffusion.schedule import linear, respace
-from fastvid.models.vdt import VDT, VDT_L, VDT_S, VDTConfig, _official_layout
+from fastvid.models.vdt import VDT, VDT_L, VDT_S, VDTConfig
+from fastvid.models.vdt_official import layout as official_layout
 
 JOBS = ("forward", "backward", "step", "sample")
 SIZES = {"S": VDT_S, "L": VDT_L}
@@ -35,7 +36,9 @@ Results = dict[str, Tensor]
 
 
 def config_of(spec: dict[str, Any]) -> VDTConfig:
-    config = replace(SIZES[spec["size"]], frames=spec["frames"], drop_labels=False)
+    cells = spec["side"] // 8
+    config = replace(SIZES[spec["size"]], frames=spec["frames"], height=cells, width=cells)
+    config = replace(config, drop_labels=False)
     return replace(config, depth=2) if spec["quick"] else config
 
 
@@ -116,7 +119,8 @@ def prepare(spec: dict[str, Any]) -> tuple[Callable[[], Tensor], Callable[[Tenso
 def _official(model: torch.nn.Module, config: VDTConfig, values: Results) -> Results:
     """Some of the values of each tensor, in float32, under the official names."""
     if isinstance(model, VDT):
-        layout = _official_layout(config)
+        shapes = {name: value.shape for name, value in model.state_dict().items()}
+        layout = official_layout(config, shapes)
         values = {
             official: piece
             for name, value in values.items()
@@ -182,8 +186,8 @@ def measure(spec: dict[str, Any], **pace: Any) -> dict[str, Any]:
 
 
 def label(spec: dict[str, Any]) -> str:
-    """`vdt/step L/2 frames=16 batch=4 bfloat16 compiled`."""
-    case = "vdt/{job} {size}/2 frames={frames} batch={batch} {dtype}".format(**spec)
+    """`vdt/step L/2 frames=16 side=128 batch=4 bfloat16 compiled`."""
+    case = "vdt/{job} {size}/2 frames={frames} side={side} batch={batch} {dtype}".format(**spec)
     return case + " compiled" * spec["compile"]
 
 
@@ -196,9 +200,10 @@ def specs(device: torch.device, quick: bool) -> list[dict[str, Any]]:
     """What the verbs `gpu` and, quick, `cpu_gate` measure, the most important first."""
     here = {"threads": torch.get_num_threads(), "device": device.type, "quick": quick, "steps": 10}
     if quick:
-        small = {"size": "S", "frames": 16, "dtype": "float32", "batch": 1, "compile": False}
+        small = {"size": "S", "frames": 16, "side": 128, "dtype": "float32", "batch": 1}
+        small["compile"] = False
         return [{"job": job, **small, **here} for job in ("forward", "step")]
-    large = {"size": "L", "frames": 16, "dtype": "bfloat16", "batch": 4}
+    large = {"size": "L", "frames": 16, "side": 128, "dtype": "bfloat16", "batch": 4}
     return [
         {"job": job, **large, "compile": compiled, **here}
         for compiled in (True, False)
@@ -227,6 +232,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="two blocks, few rounds")
     parser.add_argument("--size", nargs="+", choices=SIZES, default=["S", "L"])
     parser.add_argument("--frames", nargs="+", type=int, default=[8, 16])
+    parser.add_argument("--side", nargs="+", type=int, default=[128], help="pixels, 8 per cell")
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
     parser.add_argument("--job", nargs="+", choices=JOBS, default=JOBS)
     parser.add_argument("--batch", type=int, default=1)
@@ -247,11 +253,12 @@ def main(argv: list[str]) -> int:
     machine = harness.environment(torch.device(arguments.device))
     print(f"{machine['machine']}, torch {machine['torch']}, {arguments.threads} threads")
     good = True
-    for size, frames, dtype, job in itertools.product(
-        arguments.size, arguments.frames, arguments.dtype, arguments.job
+    for size, side, frames, dtype, job in itertools.product(
+        arguments.size, arguments.side, arguments.frames, arguments.dtype, arguments.job
     ):
         fixed = ("batch", "steps", "compile", "threads", "device", "quick")
-        spec = {"job": job, "size": size, "frames": frames, "dtype": dtype}
+        spec = {"job": job, "size": size, "frames": frames, "side": side}
+        spec |= {"dtype": dtype}
         spec |= {name: getattr(arguments, name) for name in fixed}
         turns, rounds, seconds = arguments.turns, arguments.rounds, arguments.seconds
         if arguments.quick:

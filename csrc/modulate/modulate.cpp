@@ -1,266 +1,274 @@
-// norm_modulate on the CPU: one pass over x forward, one over x and dy backward.
+// The room on the CPU: one pass over memory forward, one backward.
 //
-// A row stays in the first-level cache between its sums and its result, so memory is read once.
-// float32 and bfloat16, sums in float32; what else there is runs through PyTorch.
+// float32 and bfloat16, sums in float32; what else there is runs through PyTorch. `X` is the type
+// of the stream and its gradient, `Y` that of the branch, of the modulated norm and of theirs.
+
+#include "../_shared/cpu.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
+#include <initializer_list>
 #include <memory>
+#include <optional>
 #include <vector>
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define FOR_EVERY_CPU \
-  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define FOR_EVERY_CPU
-#endif
-
 namespace {
 
-using bf16 = uint16_t;
-
-inline float widen(float value) { return value; }
-inline float widen(bf16 value) {
-  const uint32_t bits = uint32_t(value) << 16;
-  float wide;
-  std::memcpy(&wide, &bits, sizeof wide);
-  return wide;
-}
-
-inline void narrow(float value, float* out) { *out = value; }
-inline void narrow(float value, bf16* out) {  // to nearest, ties to even; NaN stays NaN
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  *out = bf16(value != value ? 0x7fc0 : rounded);
-}
-
-// The loops over one row of D numbers. Plain enough that the compiler vectorises them.
-
-template <typename T>
-inline void load_row(const T* in, float* row, int64_t D) {
-#pragma omp simd
-  for (int64_t d = 0; d < D; ++d) row[d] = widen(in[d]);
-}
-
-template <typename F, typename T>
-inline void store_row(const F* row, T* out, int64_t D) {
-#pragma omp simd
-  for (int64_t d = 0; d < D; ++d) narrow(float(row[d]), out + d);
-}
-
-template <typename T>
-inline float load_and_sum(const T* in, float* row, int64_t D) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t d = 0; d < D; ++d) {
-    const float value = widen(in[d]);
-    row[d] = value;
-    sum += value;
-  }
-  return sum;
-}
-
-inline float centre_and_square(float* row, float mean, int64_t D) {
-  float squares = 0;
-#pragma omp simd reduction(+ : squares)
-  for (int64_t d = 0; d < D; ++d) {
-    const float value = row[d] - mean;
-    row[d] = value;
-    squares += value * value;
-  }
-  return squares;
-}
+constexpr int kBlock = 4;  // rows that are worked on side by side
 
 struct Sizes {
   int64_t batch, tokens, width, groups;
+  int64_t per_group() const { return tokens / groups; }
+  int64_t padded() const { return (width + 15) / 16 * 16; }
 };
 
-// A (B, N, D) tensor or a (B|1, groups, D) modulation, in steps of elements.
+// A (B, N, D) tensor, in steps of elements. No data: there is no such argument.
 template <typename T>
 struct Rows {
-  T* data;
+  const T* data;
   int64_t batch_step, row_step;
-  T* at(int64_t b, int64_t row) const { return data + b * batch_step + row * row_step; }
+  const T* at(int64_t b, int64_t row) const { return data + b * batch_step + row * row_step; }
 };
 
+// A (B|1, D) or (B|1, groups, D) tensor of either type.
+struct Modulation {
+  const void* data;
+  int64_t batch_step, row_step;
+  bool narrow;
+};
+
+template <typename X, typename Y>
+struct Forward {
+  Sizes size;
+  Rows<X> x;
+  Rows<Y> h;
+  Modulation gate, shift, scale;
+  bool rms;
+  float eps;
+  X* total;
+  Y* y;
+  float *mean, *rstd;
+};
+
+template <typename X, typename Y>
+struct Backward {
+  Sizes size;
+  Rows<X> dsum;
+  Rows<Y> dy;
+  Rows<X> total;
+  Rows<Y> h;
+  Modulation gate, scale;
+  const float *mean, *rstd;
+  bool rms;
+  X* dx;
+  Y* dh;
+};
+
+// Where the gradients of one row of shift, scale and gate are summed.
+struct Sums {
+  float *shift, *scale, *gate;
+};
+
+struct Scratch {
+  float* data;  // on a cache line
+  explicit Scratch(int64_t count) : memory(new float[count + 16]) {
+    const auto address = reinterpret_cast<uintptr_t>(memory.get());
+    data = memory.get() + (-address % 64) / sizeof(float);
+  }
+
+ private:
+  std::unique_ptr<float[]> memory;
+};
+
+#if HAS_X86_SETS
+namespace v4 {
+#define TARGET TARGET_V4
+#define LANE_BYTES 64
+#include "rows.h"
+}  // namespace v4
+namespace v3 {
+#define TARGET TARGET_V3
+#define LANE_BYTES 32
+#include "rows.h"
+}  // namespace v3
+#endif
+namespace any {
+#define TARGET
+#define LANE_BYTES 16
+#include "rows.h"
+}  // namespace any
+
+using Maybe = std::optional<Tensor>;
+
 template <typename T>
-Rows<T> rows_of(const Tensor& tensor) {
-  const bool three = tensor.dim() == 3;
-  return {static_cast<T*>(tensor.data_ptr()), tensor.size(0) > 1 ? tensor.stride(0) : 0,
-          three && tensor.size(1) > 1 ? tensor.stride(1) : 0};
+T* data_of(const Maybe& tensor) {
+  return tensor && tensor->numel() ? static_cast<T*>(tensor->data_ptr()) : nullptr;
+}
+
+template <typename T>
+Rows<T> rows_of(const Maybe& tensor) {
+  if (!tensor) return {};
+  return {data_of<T>(tensor), tensor->stride(0), tensor->stride(1)};
+}
+
+Modulation modulation_of(const Maybe& tensor) {
+  if (!tensor) return {};
+  const bool grouped = tensor->dim() == 3;
+  return {tensor->data_ptr(), tensor->size(0) > 1 ? tensor->stride(0) : 0,
+          grouped ? tensor->stride(1) : 0, tensor->scalar_type() != ScalarType::Float};
 }
 
 Sizes sizes_of(const Tensor& x, const Tensor& modulation) {
   return {x.size(0), x.size(1), x.size(2), modulation.dim() == 3 ? modulation.size(1) : 1};
 }
 
-template <typename X, typename M, typename Y>
-FOR_EVERY_CPU void forward_rows(int64_t first, int64_t last, Sizes size, Rows<X> x, Rows<M> shift,
-                                Rows<M> scale, bool rms, float eps, Y* y, float* mean,
-                                float* rstd) {
-  const int64_t D = size.width, per_group = size.tokens / size.groups;
-  std::vector<float> scratch(3 * D);
-  float *row = scratch.data(), *gain = row + D, *offset = gain + D;
-  int64_t at_hand = -1;  // the group whose modulation is in gain and offset
-  for (int64_t at = first; at < last; ++at) {
-    const int64_t b = at / size.tokens, n = at % size.tokens, g = n / per_group;
-    if (b * size.groups + g != at_hand) {
-      at_hand = b * size.groups + g;
-      load_row(scale.at(b, g), gain, D);
-      load_row(shift.at(b, g), offset, D);
-    }
-    float m = load_and_sum(x.at(b, n), row, D) / D;
-    if (rms) m = 0;
-    else mean[at] = m;
-    const float r = rstd[at] = 1 / std::sqrt(centre_and_square(row, m, D) / D + eps);
-    Y* out = y + at * D;
-#pragma omp simd
-    for (int64_t d = 0; d < D; ++d) narrow(row[d] * r * (1 + gain[d]) + offset[d], out + d);
-  }
-}
-
-// The rows of one chunk of group g: dx, and the sums of the chunk in dshift and dscale.
-template <typename X, typename M, typename Y>
-FOR_EVERY_CPU void backward_rows(int64_t b, int64_t g, int64_t first, int64_t last, Sizes size,
-                                 Rows<Y> dy, Rows<X> x, Rows<M> scale, const float* mean,
-                                 const float* rstd, bool rms, X* dx, float* dshift,
-                                 float* dscale, float* scratch) {
-  const int64_t D = size.width;
-  float *gain = scratch, *grad = gain + D, *normed = grad + D;
-  load_row(scale.at(b, g), gain, D);
-  std::fill_n(dshift, D, 0.0f);
-  std::fill_n(dscale, D, 0.0f);
-  for (int64_t n = first; n < last; ++n) {
-    const int64_t at = b * size.tokens + n;
-    const float r = rstd[at], m = rms ? 0.0f : mean[at];
-    const Y* dy_row = dy.at(b, n);
-    const X* x_row = x.at(b, n);
-    float sum = 0, projection = 0;
-#pragma omp simd reduction(+ : sum, projection)
-    for (int64_t d = 0; d < D; ++d) {
-      const float dy_d = widen(dy_row[d]), normed_d = (widen(x_row[d]) - m) * r;
-      const float grad_d = dy_d * (1 + gain[d]);
-      dshift[d] += dy_d;
-      dscale[d] += dy_d * normed_d;
-      sum += grad_d;
-      projection += grad_d * normed_d;
-      grad[d] = grad_d;
-      normed[d] = normed_d;
-    }
-    sum = rms ? 0.0f : sum / D;
-    projection /= D;
-    X* out = dx + at * D;
-#pragma omp simd
-    for (int64_t d = 0; d < D; ++d) narrow((grad[d] - sum - normed[d] * projection) * r, out + d);
-  }
-}
-
+// `call` with the types of two tensors.
 template <typename Call>
-void with_type(const Tensor& tensor, Call call) {
-  if (tensor.scalar_type() == ScalarType::Float) call(float{});
-  else call(bf16{});
+void with_types(const Tensor& x, const Tensor& y, Call call) {
+  with_type(x, [&](auto x_type) { with_type(y, [&](auto y_type) { call(x_type, y_type); }); });
 }
 
-void forward(Tensor x, Tensor shift, Tensor scale, bool rms, double eps, Tensor y, Tensor mean,
-             Tensor rstd) {
+void forward(Tensor x, Maybe h, Maybe gate, Tensor shift, Tensor scale, bool rms, double eps,
+             Maybe total, Tensor y, Tensor mean, Tensor rstd) {
   const Sizes size = sizes_of(x, scale);
-  const int64_t grain = std::max<int64_t>(1, 32768 / size.width);
-  with_type(x, [&](auto x_type) {
-    with_type(scale, [&](auto m_type) {
-      with_type(y, [&](auto y_type) {
-        using X = decltype(x_type);
-        using M = decltype(m_type);
-        using Y = decltype(y_type);
-        torch::stable::parallel_for(
-            0, size.batch * size.tokens, grain, [&](int64_t first, int64_t last) {
-              forward_rows<X, M, Y>(first, last, size, rows_of<X>(x), rows_of<M>(shift),
-                                    rows_of<M>(scale), rms, float(eps),
-                                    static_cast<Y*>(y.data_ptr()),
-                                    static_cast<float*>(mean.data_ptr()),
-                                    static_cast<float*>(rstd.data_ptr()));
-            });
-      });
-    });
+  with_types(x, y, [&](auto x_type, auto y_type) {
+    using X = decltype(x_type);
+    using Y = decltype(y_type);
+    const Forward<X, Y> job{size, rows_of<X>(x), rows_of<Y>(h), modulation_of(gate),
+                            modulation_of(shift), modulation_of(scale), rms, float(eps),
+                            data_of<X>(total), data_of<Y>(y), data_of<float>(mean),
+                            data_of<float>(rstd)};
+    const int64_t grain = std::max<int64_t>(1, 32768 / size.width);
+    torch::stable::parallel_for(0, size.batch * size.tokens, grain,
+                                [&](int64_t first, int64_t last) {
+                                  FOR_THIS_CPU(forward_rows, first, last, job);
+                                });
   });
 }
 
-// Tokens whose gradients of shift and scale are summed in a row, before the sums are added up: the
+// Tokens whose gradients of the modulation are summed in a row, before the sums are added up: the
 // same whatever the number of threads, so the same bits; few, so that little is lost to rounding.
 constexpr int64_t kChunk = 32;
 
-void backward(Tensor dy, Tensor x, Tensor scale, Tensor mean, Tensor rstd, bool rms, Tensor dx,
-              Tensor dshift, Tensor dscale) {
-  const Sizes size = sizes_of(x, scale);
-  const int64_t D = size.width, per_group = size.tokens / size.groups;
-  const int64_t all_groups = size.batch * size.groups;
-  const int64_t chunks = (per_group + kChunk - 1) / kChunk, tasks = all_groups * chunks;
-  const int64_t sharing = scale.size(0) < size.batch ? size.batch : 1;
-  const bool direct = chunks == 1 && sharing == 1;  // a chunk is all that its row is summed over
-  const std::unique_ptr<float[]> partials(direct ? nullptr : new float[2 * tasks * D]);
-  float *shift_parts = partials.get(), *scale_parts = shift_parts + tasks * D;
-  const int64_t grain = std::max<int64_t>(1, 32768 / (D * std::min(kChunk, per_group)));
+// The gradient of a modulation: a sum over the chunks of each group, and over the samples if they
+// share one. Where that is one chunk, the sum of the chunk is the result.
+class Result {
+ public:
+  Result(const Maybe& tensor, const Sizes& size, int64_t chunks)
+      : size_(size), chunks_(chunks), present_(tensor) {
+    if (!tensor) return;
+    data_ = tensor->data_ptr();
+    narrow_ = tensor->scalar_type() != ScalarType::Float;
+    sharing_ = tensor->size(0) < size.batch ? size.batch : 1;
+    if (chunks * sharing_ > 1)
+      parts_.reset(new float[size.batch * size.groups * chunks * size.width]);
+  }
 
-  with_type(x, [&](auto x_type) {
-    with_type(scale, [&](auto m_type) {
-      with_type(dy, [&](auto y_type) {
-        using X = decltype(x_type);
-        using M = decltype(m_type);
-        using Y = decltype(y_type);
-        M* const results[] = {static_cast<M*>(dshift.data_ptr()),
-                              static_cast<M*>(dscale.data_ptr())};
-        torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
-          std::vector<float> scratch(5 * D);
-          float* const own = scratch.data() + 3 * D;
-          for (int64_t task = begin; task < end; ++task) {
-            float* const shift_sum = direct ? own : shift_parts + task * D;
-            float* const scale_sum = direct ? own + D : scale_parts + task * D;
-            const int64_t b = task / chunks / size.groups, g = task / chunks % size.groups;
-            const int64_t from = task % chunks * kChunk;
-            const int64_t to = std::min(from + kChunk, per_group);
-            backward_rows<X, M, Y>(b, g, g * per_group + from, g * per_group + to, size,
-                                   rows_of<Y>(dy), rows_of<X>(x), rows_of<M>(scale),
-                                   static_cast<const float*>(mean.data_ptr()),
-                                   static_cast<const float*>(rstd.data_ptr()), rms,
-                                   static_cast<X*>(dx.data_ptr()), shift_sum, scale_sum,
-                                   scratch.data());
-            if (direct) {
-              store_row(shift_sum, results[0] + task * D, D);
-              store_row(scale_sum, results[1] + task * D, D);
-            }
-          }
-        });
-        if (direct) return;
+  float* sum_of(int64_t task, float* scratch) const {
+    if (!present_) return nullptr;
+    return parts_ ? parts_.get() + task * size_.width : scratch;
+  }
 
-        // Chunks of a group, and samples that share one modulation, are added in order.
-        const float* const parts[] = {shift_parts, scale_parts};
-        const int64_t outputs = all_groups / sharing;
-        torch::stable::parallel_for(0, 2 * outputs, 8, [&](int64_t begin, int64_t end) {
-          std::vector<double> sum(D);  // few numbers, so precision is free
-          for (int64_t at = begin; at < end; ++at) {
-            const int64_t group = at % outputs;
-            std::fill(sum.begin(), sum.end(), 0.0);
-            for (int64_t b = 0; b < sharing; ++b) {
-              const float* part = parts[at / outputs] + (b * size.groups + group) * chunks * D;
-              for (int64_t c = 0; c < chunks; ++c, part += D)
-                for (int64_t d = 0; d < D; ++d) sum[d] += part[d];
-            }
-            M* out = results[at / outputs] + group * D;
-            store_row(sum.data(), out, D);
-          }
-        });
-      });
-    });
+  void finish(int64_t task, const float* sum) const {
+    if (present_ && !parts_) write(sum, task);
+  }
+
+  int64_t rows_to_add() const { return parts_ ? size_.batch * size_.groups / sharing_ : 0; }
+
+  void add(int64_t row, double* sum) const {
+    const int64_t D = size_.width;
+    std::fill_n(sum, D, 0.0);
+    for (int64_t b = 0; b < sharing_; ++b) {
+      const float* part = parts_.get() + (b * size_.groups + row) * chunks_ * D;
+      for (int64_t c = 0; c < chunks_; ++c, part += D)
+        for (int64_t d = 0; d < D; ++d) sum[d] += part[d];
+    }
+    write(sum, row);
+  }
+
+ private:
+  template <typename F>
+  void write(const F* sum, int64_t row) const {
+    const int64_t D = size_.width, at = row * D;
+    if (narrow_)
+      for (int64_t d = 0; d < D; ++d) narrow(float(sum[d]), static_cast<bf16*>(data_) + at + d);
+    else
+      for (int64_t d = 0; d < D; ++d) static_cast<float*>(data_)[at + d] = float(sum[d]);
+  }
+
+  Sizes size_;
+  int64_t chunks_, sharing_ = 1;
+  bool present_, narrow_ = false;
+  void* data_ = nullptr;
+  std::unique_ptr<float[]> parts_;
+};
+
+template <typename X, typename Y>
+void backward_job(const Backward<X, Y>& job, const Maybe& dgate, const Maybe& dshift,
+                  const Maybe& dscale) {
+  const Sizes& size = job.size;
+  const int64_t per_group = size.per_group(), chunks = (per_group + kChunk - 1) / kChunk;
+  const Result results[] = {{dshift, size, chunks}, {dscale, size, chunks}, {dgate, size, chunks}};
+  const int64_t tasks = size.batch * size.groups * chunks;
+  const int64_t grain = std::max<int64_t>(1, 32768 / (size.width * std::min(kChunk, per_group)));
+  torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
+    const Scratch scratch(5 * size.padded());
+    for (int64_t task = begin; task < end; ++task) {
+      float* sums[3];
+      for (int i = 0; i < 3; ++i)
+        sums[i] = results[i].sum_of(task, scratch.data + (2 + i) * size.padded());
+      const int64_t b = task / chunks / size.groups, g = task / chunks % size.groups;
+      const int64_t first = g * per_group + task % chunks * kChunk;
+      const int64_t last = std::min(first + kChunk, (g + 1) * per_group);
+      FOR_THIS_CPU(backward_chunk, b, g, first, last, job, Sums{sums[0], sums[1], sums[2]},
+                   scratch.data);
+      for (int i = 0; i < 3; ++i) results[i].finish(task, sums[i]);
+    }
+  });
+  for (const Result& result : results) {
+    const int64_t grain_of_adding = 4;
+    torch::stable::parallel_for(0, result.rows_to_add(), grain_of_adding,
+                                [&](int64_t begin, int64_t end) {
+                                  std::vector<double> sum(size.width);  // few, so precision is free
+                                  for (int64_t row = begin; row < end; ++row)
+                                    result.add(row, sum.data());
+                                });
+  }
+}
+
+void backward(Maybe dsum, Tensor dy, Tensor total, Maybe h, Maybe gate, Tensor scale, Tensor mean,
+              Tensor rstd, bool rms, Tensor dx, Maybe dh, Maybe dgate, Tensor dshift,
+              Tensor dscale) {
+  const Sizes size = sizes_of(total, scale);
+  with_types(total, dy, [&](auto x_type, auto y_type) {
+    using X = decltype(x_type);
+    using Y = decltype(y_type);
+    backward_job(Backward<X, Y>{size, rows_of<X>(dsum), rows_of<Y>(dy), rows_of<X>(total),
+                                rows_of<Y>(h), modulation_of(gate), modulation_of(scale),
+                                data_of<float>(mean), data_of<float>(rstd), rms, data_of<X>(dx),
+                                data_of<Y>(dh)},
+                 dgate, dshift, dscale);
+  });
+}
+
+void residual_backward(Tensor dsum, Tensor h, Tensor gate, Tensor dh, Tensor dgate) {
+  const Sizes size = sizes_of(h, gate);
+  with_types(dsum, h, [&](auto x_type, auto y_type) {
+    using X = decltype(x_type);
+    using Y = decltype(y_type);
+    Backward<X, Y> job{};
+    job.size = size;
+    job.dsum = rows_of<X>(dsum);
+    job.h = rows_of<Y>(h);
+    job.gate = modulation_of(gate);
+    job.dh = data_of<Y>(dh);
+    backward_job(job, dgate, std::nullopt, std::nullopt);
   });
 }
 
@@ -268,14 +276,19 @@ void backward(Tensor dy, Tensor x, Tensor scale, Tensor mean, Tensor rstd, bool 
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastvid_cpp, m) {
   m.def(
-      "norm_modulate(Tensor x, Tensor shift, Tensor scale, bool rms, float eps,"
-      " Tensor(a!) y, Tensor(b!) mean, Tensor(c!) rstd) -> ()");
+      "gated_residual_backward(Tensor dsum, Tensor h, Tensor gate, Tensor(a!) dh,"
+      " Tensor(b!) dgate) -> ()");
   m.def(
-      "norm_modulate_backward(Tensor dy, Tensor x, Tensor scale, Tensor mean, Tensor rstd,"
-      " bool rms, Tensor(a!) dx, Tensor(b!) dshift, Tensor(c!) dscale) -> ()");
+      "norm_modulate(Tensor x, Tensor? h, Tensor? gate, Tensor shift, Tensor scale, bool rms,"
+      " float eps, Tensor(a!)? total, Tensor(b!) y, Tensor(c!) mean, Tensor(d!) rstd) -> ()");
+  m.def(
+      "norm_modulate_backward(Tensor? dsum, Tensor dy, Tensor total, Tensor? h, Tensor? gate,"
+      " Tensor scale, Tensor mean, Tensor rstd, bool rms, Tensor(a!) dx, Tensor(b!)? dh,"
+      " Tensor(c!)? dgate, Tensor(d!) dshift, Tensor(e!) dscale) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastvid_cpp, CPU, m) {
+  m.impl("gated_residual_backward", TORCH_BOX(&residual_backward));
   m.impl("norm_modulate", TORCH_BOX(&forward));
   m.impl("norm_modulate_backward", TORCH_BOX(&backward));
 }

@@ -4,231 +4,288 @@
 
 #define INLINE TARGET inline __attribute__((always_inline))
 
-INLINE float widen(float value) { return value; }
-INLINE float widen(bf16 value) {
-  const uint32_t bits = uint32_t(value) << 16;
-  float wide;
-  std::memcpy(&wide, &bits, sizeof wide);
-  return wide;
-}
-
-INLINE void narrow(float value, float* out) { *out = value; }
-INLINE void narrow(float value, bf16* out) {  // to nearest, ties to even; NaN stays NaN
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  *out = bf16(value != value ? 0x7fc0 : rounded);
-}
-
-// 2^x for x <= 0, to one or two units in the last place; below 2^-126 it stays there.
-INLINE float exp2_of(float x) {
-  const float magic = 12582912;  // 1.5 * 2^23: adding it rounds to an integer
-  x = x < -126 ? -126 : x;
-  const float shifted = x + magic, f = x - (shifted - magic);
-  float power = 1.5403530e-4f;
-  power = power * f + 1.3333558e-3f;
-  power = power * f + 9.6181291e-3f;
-  power = power * f + 5.5504109e-2f;
-  power = power * f + 2.4022651e-1f;
-  power = power * f + 6.9314718e-1f;
-  power = power * f + 1;
-  uint32_t exponent, bits;
-  std::memcpy(&exponent, &shifted, sizeof exponent);
-  std::memcpy(&bits, &power, sizeof bits);
-  bits += exponent << 23;
-  std::memcpy(&power, &bits, sizeof power);
-  return power;
-}
-
 using Lanes = float __attribute__((vector_size(LANE_BYTES), may_alias));
-constexpr int kLanes = LANE_BYTES / sizeof(float), kTile = 8;
+using Whole = int32_t __attribute__((vector_size(LANE_BYTES), may_alias));
+constexpr int kLanes = LANE_BYTES / sizeof(float);
+constexpr int kTile = LANE_BYTES == 64 ? 16 : 8;  // rows of a product that the registers hold
 
 INLINE Lanes& lanes_at(float* at) { return *reinterpret_cast<Lanes*>(at); }
 INLINE const Lanes& lanes_at(const float* at) { return *reinterpret_cast<const Lanes*>(at); }
 
-// c (rows, columns) = a (rows, depth) b (depth, columns). Rows and columns are padded; an element
-// of `a` lies at a[row * a_row + k * a_depth], so that `a` may be a transpose.
-INLINE void multiply(const float* a, int64_t a_row, int64_t a_depth, const float* b, float* c,
-                     int64_t rows, int64_t depth, int64_t columns) {
-  for (int64_t row = 0; row < rows; row += kTile) {
-    for (int64_t column = 0; column < columns; column += kLanes) {
-      const float* factors = a + row * a_row;
-      Lanes sum[kTile] = {};  // in registers
-      for (int64_t k = 0; k < depth; ++k) {
-        const Lanes line = lanes_at(b + k * columns + column);
-#pragma GCC unroll 8
-        for (int64_t r = 0; r < kTile; ++r) sum[r] += factors[r * a_row + k * a_depth] * line;
-      }
-#pragma GCC unroll 8
-      for (int64_t r = 0; r < kTile; ++r) lanes_at(c + (row + r) * columns + column) = sum[r];
+// 2^x for x <= 0, to one unit in the last place; below 2^-126 it stays there. The polynomial has the
+// least relative error on [-1/2, 1/2].
+INLINE Lanes exp2_of(Lanes x) {
+  const Lanes magic = Lanes{} + (12582912 + 127);  // 1.5 * 2^23 rounds; 127 is the exponent of 1
+  x = x < -126.0f ? Lanes{} - 126 : x;
+  const Lanes shifted = x + magic, f = x - (shifted - magic);
+  Lanes power = Lanes{} + 1.535335905e-4f;
+  power = power * f + 1.339887502e-3f;
+  power = power * f + 9.618436918e-3f;
+  power = power * f + 5.550332367e-2f;
+  power = power * f + 2.402264774e-1f;
+  power = power * f + 6.931471825e-1f;
+  power = power * f + 1;
+  return power * Lanes(Whole(shifted) << 23);
+}
+
+// c (rows, columns) = a (rows, depth) b (depth, columns), `rows` of them at once in registers. All
+// steps between elements are constants, so that they cost no registers and no instructions.
+template <int rows, int row_step, int depth_step, int line>
+TARGET void multiply_tile(const float* a, const float* b, float* c, int64_t depth,
+                          int64_t columns) {
+  for (int64_t column = 0; column < columns; column += kLanes) {
+    Lanes sum[rows] = {};
+    for (int64_t k = 0; k < depth; ++k) {
+      const Lanes along = lanes_at(b + k * line + column);
+#pragma GCC unroll 16
+      for (int r = 0; r < rows; ++r) sum[r] += a[r * row_step + k * depth_step] * along;
     }
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r) lanes_at(c + r * line + column) = sum[r];
   }
+}
+
+template <int row_step, int depth_step, int line, int... less>
+INLINE void multiply(const float* a, const float* b, float* c, int64_t rows, int64_t depth,
+                     int64_t columns, std::integer_sequence<int, less...>) {
+  using Tile = void (*)(const float*, const float*, float*, int64_t, int64_t);
+  static constexpr Tile tiles[] = {multiply_tile<less + 1, row_step, depth_step, line>...};
+  for (int64_t row = 0, left = (rows + kTile - 1) / kTile; row < rows; --left) {
+    const int64_t count = (rows - row + left - 1) / left;  // tiles of much the same height
+    tiles[count - 1](a + row * row_step, b, c + row * line, depth, columns);
+    row += count;
+  }
+}
+
+constexpr std::make_integer_sequence<int, kTile> kTiles;
+
+// c (T, T) = a b, where a is (T, E) and b is (E, T).
+INLINE void scores_of(const float* a, const float* b, float* c, const Sizes& size) {
+  multiply<kWide, 1, kSquare>(a, b, c, size.frames, size.width, size.frames, kTiles);
+}
+
+// c (T, E) = a b, where a is (T, T) and b is (T, E).
+INLINE void sums_of(const float* a, const float* b, float* c, const Sizes& size) {
+  multiply<kSquare, 1, kWide>(a, b, c, size.frames, size.frames, size.width, kTiles);
+}
+
+// c (T, E) = the transpose of a (T, T) times b (T, E).
+INLINE void sums_of_transposed(const float* a, const float* b, float* c, const Sizes& size) {
+  multiply<1, kSquare, kWide>(a, b, c, size.frames, size.frames, size.width, kTiles);
+}
+
+// The lanes of a, then b, in this order.
+template <int... lane>
+INLINE Lanes shuffle(Lanes a, Lanes b, std::integer_sequence<int, lane...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, lane...);
+#else
+  return __builtin_shuffle(a, b, Whole{lane...});
+#endif
+}
+
+template <int... lane>
+constexpr auto pairs_swapped(std::integer_sequence<int, lane...>) {
+  return std::integer_sequence<int, (lane ^ 1)...>();
 }
 
 // a0 b0 a1 b1 ... of the lower (0) or upper (1) halves of a and b.
 template <int half, int... lane>
-INLINE Lanes interleave(Lanes a, Lanes b, std::integer_sequence<int, lane...>) {
-#ifdef __clang__
-  return __builtin_shufflevector(a, b, (half * kLanes / 2 + lane / 2 + lane % 2 * kLanes)...);
-#else
-  using Order = int32_t __attribute__((vector_size(LANE_BYTES)));
-  return __builtin_shuffle(a, b, Order{(half * kLanes / 2 + lane / 2 + lane % 2 * kLanes)...});
-#endif
+constexpr auto interleaved(std::integer_sequence<int, lane...>) {
+  return std::integer_sequence<int, (half * kLanes / 2 + lane / 2 + lane % 2 * kLanes)...>();
 }
 
-// out (columns, rows) = the transpose of in (rows, columns), both padded: log2(lanes) rounds in
-// which every row meets the one half a block away.
-INLINE void transpose(const float* in, float* out, int64_t rows, int64_t columns) {
+// out (E, T) = the transpose of in (T, E): log2(lanes) rounds in which every row meets the one half
+// a block away.
+INLINE void transpose(const float* in, float* out, const Sizes& size) {
   constexpr std::make_integer_sequence<int, kLanes> all;
-  for (int64_t row = 0; row < rows; row += kLanes) {
-    for (int64_t column = 0; column < columns; column += kLanes) {
+  for (int64_t row = 0; row < size.frames; row += kLanes) {
+    for (int64_t column = 0; column < size.width; column += kLanes) {
       Lanes block[kLanes], shuffled[kLanes];
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) block[i] = lanes_at(in + (row + i) * columns + column);
+      for (int i = 0; i < kLanes; ++i) block[i] = lanes_at(in + (row + i) * kWide + column);
 #pragma GCC unroll 4
       for (int round = 1; round < kLanes; round *= 2) {
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes / 2; ++i) {
-          shuffled[2 * i] = interleave<0>(block[i], block[i + kLanes / 2], all);
-          shuffled[2 * i + 1] = interleave<1>(block[i], block[i + kLanes / 2], all);
+          shuffled[2 * i] = shuffle(block[i], block[i + kLanes / 2], interleaved<0>(all));
+          shuffled[2 * i + 1] = shuffle(block[i], block[i + kLanes / 2], interleaved<1>(all));
         }
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) block[i] = shuffled[i];
       }
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) lanes_at(out + (column + i) * rows + row) = block[i];
+      for (int i = 0; i < kLanes; ++i) lanes_at(out + (column + i) * kSquare + row) = block[i];
     }
   }
 }
 
 // Turn the pairs of one row; `direction` -1 turns them back.
-INLINE void rotate(float* row, const Rule& rule, int64_t t, int64_t width, float direction) {
-  const float* cos = rule.cos + t * (width / 2);
-  const float* sin = rule.sin + t * (width / 2);
-#pragma omp simd
-  for (int64_t pair = 0; pair < width / 2; ++pair) {
-    const float a = row[2 * pair], b = row[2 * pair + 1];
-    const float c = cos[pair], s = sin[pair] * direction;
-    row[2 * pair] = a * c - b * s;
-    row[2 * pair + 1] = a * s + b * c;
+INLINE void rotate(float* row, const Turns& turns, int64_t t, int64_t width, float direction) {
+  constexpr std::make_integer_sequence<int, kLanes> all;
+  for (int64_t e = 0; e < width; e += kLanes) {
+    const Lanes x = lanes_at(row + e), other = shuffle(x, x, pairs_swapped(all));
+    const Lanes cos = lanes_at(turns.cos + t * kWide + e);
+    const Lanes sin = lanes_at(turns.sin + t * kWide + e) * direction;
+    lanes_at(row + e) = x * cos + other * sin;
+  }
+}
+
+// Frame after frame of all sequences of a group: neighbours in memory are read as neighbours, and
+// no line is met twice, though the rows of a sequence often share one cache set.
+template <typename T>
+INLINE void load(const Tokens<const T>& from, const Group& group, float* matrices,
+                 const Sizes& size, const Turns& turns) {
+  int64_t first[kMostTogether];
+  for (int64_t i = 0; i < group.count; ++i) first[i] = from.at(group.places[i]);
+  for (int64_t t = 0; t < size.frames; ++t) {
+    for (int64_t i = 0; i < group.count; ++i) {
+      const T* in = from.data + first[i] + t * from.frame_step;
+      float* row = matrices + i * size.matrix() + t * kWide;
+      for (int64_t e = 0; e < size.width; e += 8)
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < 8; ++i) row[e + i] = widen(in[e + i]);
+      if (turns.cos) rotate(row, turns, t, size.width, 1);
+    }
   }
 }
 
 template <typename T>
-INLINE void load(const T* in, int64_t step, int64_t next, float* rows, const Sizes& size,
-                 const Rule* rotary) {
+INLINE void store(float* matrices, const Tokens<T>& to, const Group& group, const Sizes& size,
+                  const Turns& turns) {
+  int64_t first[kMostTogether];
+  for (int64_t i = 0; i < group.count; ++i) first[i] = to.at(group.places[i]);
   for (int64_t t = 0; t < size.frames; ++t) {
-    float* row = rows + t * size.columns();
-    for (int64_t e = 0; e < size.width; e += 64 / sizeof(T))  // more rows than the CPU can follow
-      __builtin_prefetch(in + t * step + next + e);
-#pragma omp simd
-    for (int64_t e = 0; e < size.width; ++e) row[e] = widen(in[t * step + e]);
-    if (rotary && rotary->cos) rotate(row, *rotary, t, size.width, 1);
-  }
-}
-
-template <typename T>
-INLINE void store(float* rows, T* out, int64_t step, const Sizes& size, const Rule* rotary) {
-  for (int64_t t = 0; t < size.frames; ++t) {
-    float* row = rows + t * size.columns();
-    if (rotary && rotary->cos) rotate(row, *rotary, t, size.width, -1);
-#pragma omp simd
-    for (int64_t e = 0; e < size.width; ++e) narrow(row[e], out + t * step + e);
-  }
-}
-
-// Scores to probabilities, in place. What a row does not see gets 0.
-INLINE void softmax(float* scores, int64_t b, const Sizes& size, const Rule& rule) {
-  const float factor = rule.scale * 1.44269504f;
-  for (int64_t t = 0; t < size.frames; ++t) {
-    float* row = scores + t * size.rows();
-    const bool alone = rule.identity(b, t);
-    const int32_t first = alone ? t : std::max<int64_t>(0, t - rule.back);
-    const int32_t last = alone ? t : std::min(size.frames - 1, t + rule.forward);
-    const int32_t columns = size.rows();
-    float most = -std::numeric_limits<float>::infinity(), sum = 0;
-#pragma omp simd reduction(max : most)
-    for (int32_t s = 0; s < columns; ++s) {
-      row[s] = s >= first && s <= last ? row[s] * factor : -std::numeric_limits<float>::infinity();
-      most = row[s] > most ? row[s] : most;
+    for (int64_t i = 0; i < group.count; ++i) {
+      T* out = to.data + first[i] + t * to.frame_step;
+      float* row = matrices + i * size.matrix() + t * kWide;
+      if (turns.cos) rotate(row, turns, t, size.width, -1);
+      for (int64_t e = 0; e < size.width; e += 8)
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < 8; ++i) narrow(row[e + i], out + e + i);
     }
-#pragma omp simd reduction(+ : sum)
-    for (int32_t s = 0; s < columns; ++s) {
-      row[s] = s >= first && s <= last ? exp2_of(row[s] - most) : 0;
-      sum += row[s];
-    }
-    const float inverse = 1 / sum;
-#pragma omp simd
-    for (int32_t s = 0; s < columns; ++s) row[s] *= inverse;
   }
 }
 
-// dscores = p * (dp - sum of p * dp over the row) * scale, in the place of dp.
-INLINE void softmax_backward(const float* p, float* dp, const Sizes& size, const Rule& rule) {
-  const int64_t columns = size.rows();
-  for (int64_t t = 0; t < size.frames; ++t, p += columns, dp += columns) {
-    float delta = 0;
-#pragma omp simd reduction(+ : delta)
-    for (int64_t s = 0; s < columns; ++s) delta += p[s] * dp[s];
-#pragma omp simd
-    for (int64_t s = 0; s < columns; ++s) dp[s] = p[s] * (dp[s] - delta) * rule.scale;
+// Fetch a sequence while another is computed: more rows than the CPU follows by itself.
+template <typename T, int write = 0>
+INLINE void fetch(const Tokens<T>& from, const Place& place, const Sizes& size) {
+  const T* in = from.data + from.at(place);
+  for (int64_t t = 0; t < size.frames; ++t, in += from.frame_step)
+    for (int64_t e = 0; e < size.width; e += 64 / sizeof(T)) __builtin_prefetch(in + e, write, 2);
+}
+
+// Scores (keys, queries) to probabilities, in place: queries lie side by side in the lanes, so that
+// nothing is ever summed across them. What a query does not see gets 0.
+INLINE void softmax(float* scores, const Bounds& bounds, const Sizes& size, float scale) {
+  const float factor = scale * 1.44269504f;
+  for (int64_t query = 0; query < size.frames; query += kLanes) {
+    float* column = scores + query;
+    const Whole& first = reinterpret_cast<const Whole&>(bounds.first[query]);
+    const Whole& last = reinterpret_cast<const Whole&>(bounds.last[query]);
+    Lanes most = Lanes{} - std::numeric_limits<float>::infinity(), sum = {};
+    for (int32_t key = 0; key < size.frames; ++key) {
+      const Lanes score = lanes_at(column + key * kSquare) * factor;
+      most = (score > most) & (first <= key) & (last >= key) ? score : most;
+    }
+    for (int32_t key = 0; key < size.frames; ++key) {
+      Lanes& p = lanes_at(column + key * kSquare);
+      p = (first <= key) & (last >= key) ? exp2_of(p * factor - most) : Lanes{};
+      sum += p;
+    }
+    const Lanes inverse = 1 / sum;
+    for (int64_t key = 0; key < size.frames; ++key) lanes_at(column + key * kSquare) *= inverse;
+  }
+}
+
+// dscores = p * (dp - sum of p * dp over the keys) * scale, in the place of dp.
+INLINE void softmax_backward(const float* p, float* dp, const Sizes& size, float scale) {
+  for (int64_t query = 0; query < size.frames; query += kLanes) {
+    Lanes delta = {};
+    for (int64_t at = query; at < size.frames * kSquare; at += kSquare)
+      delta += lanes_at(p + at) * lanes_at(dp + at);
+    for (int64_t at = query; at < size.frames * kSquare; at += kSquare)
+      lanes_at(dp + at) = lanes_at(p + at) * (lanes_at(dp + at) - delta) * scale;
   }
 }
 
 template <typename T>
 TARGET void forward_sequences(int64_t begin, int64_t end, Sizes size, Rule rule,
-                                     Tokens<const T> q, Tokens<const T> k, Tokens<const T> v,
-                                     Tokens<T> out) {
-  const int64_t rows = size.rows(), columns = size.columns();
-  Scratch scratch(size, 5, 1);
-  float *q_rows = scratch.take(rows * columns), *k_rows = scratch.take(rows * columns);
-  float *v_rows = scratch.take(rows * columns), *keys = scratch.take(rows * columns);
-  float *out_rows = scratch.take(rows * columns), *p = scratch.take(rows * rows);
-  for (int64_t sequence = begin; sequence < end; ++sequence) {
-    const auto [b, n, h] = Place(sequence, size);
-    load(q.at(b, n, h), q.frame_step, q.head_step, q_rows, size, &rule);
-    load(k.at(b, n, h), k.frame_step, k.head_step, k_rows, size, &rule);
-    load(v.at(b, n, h), v.frame_step, v.head_step, v_rows, size, nullptr);
-    transpose(k_rows, keys, rows, columns);
-    multiply(q_rows, columns, 1, keys, p, rows, size.width, rows);
-    softmax(p, b, size, rule);
-    multiply(p, rows, 1, v_rows, out_rows, rows, size.frames, columns);
-    for (int64_t t = 0; t < size.frames; ++t)  // the very bits of v, whatever the others hold
-      if (rule.identity(b, t))
-        std::copy_n(v_rows + t * columns, columns, out_rows + t * columns);
-    store(out_rows, out.at(b, n, h), out.frame_step, size, nullptr);
+                              Tokens<const T> q, Tokens<const T> k, Tokens<const T> v,
+                              Tokens<T> out) {
+  const int64_t together = size.together(sizeof(T)), matrix = size.matrix();
+  Scratch scratch(3 * together * matrix + rule.turns_size(size) + kSquare * (kWide + kSquare));
+  float *q_rows = scratch.take(together * matrix), *k_rows = scratch.take(together * matrix);
+  float *v_rows = scratch.take(together * matrix), *queries = scratch.take(kWide * kSquare);
+  float* p = scratch.take(kSquare * kSquare);
+  const Turns turns(rule, size, scratch), still;
+  Bounds bounds;
+  for (Group group(begin, end, together, size); group.count; group.next()) {
+    load(q, group, q_rows, size, turns);
+    load(k, group, k_rows, size, turns);
+    load(v, group, v_rows, size, still);
+    for (int64_t i = 0; i < group.count; ++i) {
+      const Place place = group.places[i], ahead = group.ahead(i);
+      bounds.set(rule, place.b, size);
+      float *result = q_rows + i * matrix, *values = v_rows + i * matrix;
+      fetch(q, ahead, size);
+      transpose(q_rows + i * matrix, queries, size);
+      fetch(k, ahead, size);
+      scores_of(k_rows + i * matrix, queries, p, size);
+      fetch(v, ahead, size);
+      softmax(p, bounds, size, rule.scale);
+      fetch<T, 1>(out, place, size);
+      sums_of_transposed(p, values, result, size);
+      for (int64_t t = 0; t < size.frames; ++t)  // the very bits of v, whatever the others hold
+        if (rule.identity(place.b, t))
+          std::copy_n(values + t * kWide, size.width, result + t * kWide);
+    }
+    store(q_rows, out, group, size, still);
   }
 }
 
 template <typename T>
 TARGET void backward_sequences(int64_t begin, int64_t end, Sizes size, Rule rule,
-                                      Tokens<const T> dout, Tokens<const T> q, Tokens<const T> k,
-                                      Tokens<const T> v, Tokens<T> dq, Tokens<T> dk,
-                                      Tokens<T> dv) {
-  const int64_t rows = size.rows(), columns = size.columns(), frames = size.frames;
-  Scratch scratch(size, 6, 2);
-  float *q_rows = scratch.take(rows * columns), *k_rows = scratch.take(rows * columns);
-  float *v_rows = scratch.take(rows * columns), *dout_rows = scratch.take(rows * columns);
-  float *turned = scratch.take(rows * columns), *result = scratch.take(rows * columns);
-  float *p = scratch.take(rows * rows), *ds = scratch.take(rows * rows);
-  for (int64_t sequence = begin; sequence < end; ++sequence) {
-    const auto [b, n, h] = Place(sequence, size);
-    load(q.at(b, n, h), q.frame_step, q.head_step, q_rows, size, &rule);
-    load(k.at(b, n, h), k.frame_step, k.head_step, k_rows, size, &rule);
-    load(v.at(b, n, h), v.frame_step, v.head_step, v_rows, size, nullptr);
-    load(dout.at(b, n, h), dout.frame_step, dout.head_step, dout_rows, size, nullptr);
-    transpose(k_rows, turned, rows, columns);
-    multiply(q_rows, columns, 1, turned, p, rows, size.width, rows);
-    softmax(p, b, size, rule);
-    multiply(p, 1, rows, dout_rows, result, rows, frames, columns);
-    store(result, dv.at(b, n, h), dv.frame_step, size, nullptr);
-    transpose(v_rows, turned, rows, columns);
-    multiply(dout_rows, columns, 1, turned, ds, rows, size.width, rows);
-    softmax_backward(p, ds, size, rule);
-    multiply(ds, rows, 1, k_rows, result, rows, frames, columns);
-    store(result, dq.at(b, n, h), dq.frame_step, size, &rule);
-    multiply(ds, 1, rows, q_rows, result, rows, frames, columns);
-    store(result, dk.at(b, n, h), dk.frame_step, size, &rule);
+                               Tokens<const T> dout, Tokens<const T> q, Tokens<const T> k,
+                               Tokens<const T> v, Tokens<T> dq, Tokens<T> dk, Tokens<T> dv) {
+  const int64_t together = size.together(sizeof(T)), matrix = size.matrix();
+  Scratch scratch(4 * together * matrix + rule.turns_size(size) + kSquare * (kWide + 2 * kSquare));
+  float *q_rows = scratch.take(together * matrix), *k_rows = scratch.take(together * matrix);
+  float *v_rows = scratch.take(together * matrix), *dout_rows = scratch.take(together * matrix);
+  float *turned = scratch.take(kWide * kSquare), *p = scratch.take(kSquare * kSquare);
+  float* ds = scratch.take(kSquare * kSquare);
+  const Turns turns(rule, size, scratch), still;
+  Bounds bounds;
+  for (Group group(begin, end, together, size); group.count; group.next()) {
+    load(q, group, q_rows, size, turns);
+    load(k, group, k_rows, size, turns);
+    load(v, group, v_rows, size, still);
+    load(dout, group, dout_rows, size, still);
+    for (int64_t i = 0; i < group.count; ++i) {
+      const Place place = group.places[i], ahead = group.ahead(i);
+      bounds.set(rule, place.b, size);
+      float *queries = q_rows + i * matrix, *keys = k_rows + i * matrix;
+      float *values = v_rows + i * matrix, *douts = dout_rows + i * matrix;
+      fetch(q, ahead, size);
+      transpose(queries, turned, size);
+      scores_of(keys, turned, p, size);
+      fetch(k, ahead, size);
+      softmax(p, bounds, size, rule.scale);
+      transpose(douts, turned, size);
+      fetch(v, ahead, size);
+      scores_of(values, turned, ds, size);
+      fetch(dout, ahead, size);
+      softmax_backward(p, ds, size, rule.scale);
+      fetch<T, 1>(dv, place, size);
+      sums_of(p, douts, values, size);            // dv, in the place of v
+      fetch<T, 1>(dq, place, size);
+      sums_of_transposed(ds, keys, douts, size);  // dq, in the place of dout
+      fetch<T, 1>(dk, place, size);
+      sums_of(ds, queries, keys, size);           // dk, in the place of k
+    }
+    store(dout_rows, dq, group, size, turns);
+    store(k_rows, dk, group, size, turns);
+    store(v_rows, dv, group, size, still);
   }
 }
 

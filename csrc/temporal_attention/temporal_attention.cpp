@@ -1,8 +1,10 @@
-// temporal_attention on the CPU: one sequence of T tokens at a time, from strides to strides.
+// temporal_attention on the CPU: a few sequences of T tokens at a time, from strides to strides.
 //
-// A sequence and its T x T scores stay in the first-level cache, so memory is read and written
-// once. The rows come into padded float32 scratch; every product is then the same small one, of
-// 16 columns at a time. float32 and bfloat16; what else there is runs through PyTorch.
+// They and their T x T scores stay in the nearest caches, so memory is read and written once. The
+// rows come into padded float32 scratch; there one routine does every product, with a tile of the
+// result in registers. float32 and bfloat16; what else there is runs through PyTorch.
+
+#include "../_shared/cpu.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -22,14 +24,24 @@ using torch::stable::Tensor;
 
 namespace {
 
-using bf16 = uint16_t;
-constexpr int64_t kPadding = 16;  // rows and columns of the scratch are multiples of it
+constexpr int kSquare = 64;      // floats from row to row of T x T scores: the most frames
+constexpr int kWide = 256 + 16;  // of T x E tokens: the widest head, off the same cache sets
+constexpr int kRun = 2048;       // bytes of a frame that are read in a row, where they are
+constexpr int kMostTogether = 16;
 
 struct Sizes {
   int64_t batch, frames, positions, heads, width;
-  int64_t rows() const { return (frames + kPadding - 1) / kPadding * kPadding; }    // T, padded
-  int64_t columns() const { return (width + kPadding - 1) / kPadding * kPadding; }  // E, padded
+  int64_t matrix() const { return (frames + 15) / 16 * 16 * kWide; }  // whole vectors of frames
   int64_t sequences() const { return batch * positions * heads; }
+  // Sequences at a time: as many as make a run in every frame.
+  int64_t together(int64_t itemsize) const {
+    const int64_t wanted = kRun / (width * itemsize);
+    return std::clamp<int64_t>(std::min(wanted, sequences()), 1, kMostTogether);
+  }
+};
+
+struct Place {
+  int64_t b, n, h;
 };
 
 // A (B, T, N, heads, E) tensor, in steps of elements.
@@ -41,8 +53,8 @@ struct Tokens {
       : data(static_cast<T*>(tensor.data_ptr())), batch_step(tensor.stride(0)),
         frame_step(tensor.stride(1)), position_step(tensor.stride(2)),
         head_step(tensor.stride(3)) {}
-  T* at(int64_t b, int64_t n, int64_t h) const {
-    return data + b * batch_step + n * position_step + h * head_step;
+  int64_t at(const Place& place) const {
+    return place.b * batch_step + place.n * position_step + place.h * head_step;
   }
 };
 
@@ -54,6 +66,7 @@ struct Rule {
   float scale;
   int64_t back, forward;
 
+  int64_t turns_size(const Sizes& size) const { return cos ? 2 * size.matrix() : 0; }
   bool identity(int64_t b, int64_t t) const {
     return known && known[b * known_batch + t * known_frame];
   }
@@ -72,13 +85,10 @@ Rule rule_of(const std::optional<Tensor>& known, const std::optional<Tensor>& co
   return rule;
 }
 
-// Zeroed once: what pads a matrix in the scratch is never written to but by zeros.
+// Zeroed once, so that what pads a matrix is finite; aligned to cache lines.
 class Scratch {
  public:
-  Scratch(const Sizes& size, int64_t wide, int64_t square) {
-    const int64_t count =
-        wide * size.rows() * size.columns() + square * size.rows() * size.rows() + kPadding;
-    memory_.reset(new float[count]());
+  explicit Scratch(int64_t count) : memory_(new float[count + 16]()) {
     const auto address = reinterpret_cast<uintptr_t>(memory_.get());
     next_ = memory_.get() + (-address % 64) / sizeof(float);
   }
@@ -89,21 +99,71 @@ class Scratch {
   float* next_;
 };
 
-struct Place {
-  int64_t b, n, h;
-  Place(int64_t sequence, const Sizes& size)
-      : b(sequence / size.heads / size.positions), n(sequence / size.heads % size.positions),
-        h(sequence % size.heads) {}
+// The rotary tables, a number for each of E: c c ... and -s s ... for every pair.
+struct Turns {
+  float *cos = nullptr, *sin = nullptr;
+  Turns() = default;
+  Turns(const Rule& rule, const Sizes& size, Scratch& scratch) {
+    if (!rule.cos) return;
+    cos = scratch.take(size.matrix());
+    sin = scratch.take(size.matrix());
+    for (int64_t t = 0; t < size.frames; ++t) {
+      for (int64_t e = 0; e < size.width; ++e) {
+        const int64_t pair = t * (size.width / 2) + e / 2;
+        cos[t * kWide + e] = rule.cos[pair];
+        sin[t * kWide + e] = e % 2 ? rule.sin[pair] : -rule.sin[pair];
+      }
+    }
+  }
 };
 
-#if defined(__x86_64__) && defined(__GNUC__)
+// The first and last frame that each frame of a sample sees.
+struct Bounds {
+  alignas(64) int32_t first[kSquare] = {}, last[kSquare] = {};
+  int64_t sample = -1;
+  void set(const Rule& rule, int64_t b, const Sizes& size) {
+    if (b == sample) return;
+    sample = b;
+    for (int64_t t = 0; t < size.frames; ++t) {
+      const bool alone = rule.identity(b, t);
+      first[t] = alone ? t : std::max<int64_t>(0, t - rule.back);
+      last[t] = alone ? t : std::min(size.frames - 1, t + rule.forward);
+    }
+  }
+};
+
+// A few sequences, one after the other in the order of (b, n, h).
+struct Group {
+  Place places[kMostTogether];
+  int64_t count, begin, end, most;
+  const Sizes& size;
+  Group(int64_t begin, int64_t end, int64_t most, const Sizes& size)
+      : count(0), begin(begin), end(end), most(most), size(size) {
+    next();
+  }
+  void next() {
+    begin += count;
+    count = std::min(most, end - begin);
+    for (int64_t i = 0; i < count; ++i) places[i] = place(begin + i);
+  }
+  Place place(int64_t sequence) const {
+    const int64_t row = sequence / size.heads;
+    return {row / size.positions, row % size.positions, sequence % size.heads};
+  }
+  // What the next group has in the place of the i-th; at the end that is itself.
+  Place ahead(int64_t i) const {
+    return begin + i + most < end ? place(begin + i + most) : places[i];
+  }
+};
+
+#if HAS_X86_SETS
 namespace v4 {
-#define TARGET __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")))
+#define TARGET TARGET_V4
 #define LANE_BYTES 64
 #include "sequences.h"
 }  // namespace v4
 namespace v3 {
-#define TARGET __attribute__((target("avx2,fma")))
+#define TARGET TARGET_V3
 #define LANE_BYTES 32
 #include "sequences.h"
 }  // namespace v3
@@ -114,28 +174,8 @@ namespace any {
 #include "sequences.h"
 }  // namespace any
 
-// `call` with the arithmetic that suits this machine.
-#if defined(__x86_64__) && defined(__GNUC__)
-#define FOR_THIS_CPU(function, ...)                                                        \
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&           \
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"))            \
-    v4::function(__VA_ARGS__);                                                             \
-  else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))                \
-    v3::function(__VA_ARGS__);                                                             \
-  else                                                                                     \
-    any::function(__VA_ARGS__)
-#else
-#define FOR_THIS_CPU(function, ...) any::function(__VA_ARGS__)
-#endif
-
 Sizes sizes_of(const Tensor& q) {
   return {q.size(0), q.size(1), q.size(2), q.size(3), q.size(4)};
-}
-
-template <typename Call>
-void with_type(const Tensor& tensor, Call call) {
-  if (tensor.scalar_type() == ScalarType::Float) call(float{});
-  else call(bf16{});
 }
 
 int64_t grain_of(const Sizes& size) {

@@ -11,6 +11,8 @@ from typing import Any
 from fastvid.training.config import TrainConfig, config_from, read_config
 from fastvid.training.recipes import RECIPES
 
+_NO_DEFAULTS = "\nDefaults are those of RECIPE: name one before --help to see them."
+
 
 def parse_recipe(
     verb: str, argv: Sequence[str], flags: dict[str, dict[str, Any]], about: str, epilog: str
@@ -52,7 +54,11 @@ def _parser(
     from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
     class Help(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-        """Our paragraphs as they are, and every option with its type and default."""
+        """Our paragraphs as they are, every option with its type, and the default of a recipe."""
+
+        def _get_help_string(self, action):
+            text = super()._get_help_string(action)
+            return text if values else text.replace(", default: %(default)s", "")
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     lines = [f"  {name:16}{(make.__doc__ or '').splitlines()[0]}" for name, make in RECIPES.items()]
@@ -60,7 +66,7 @@ def _parser(
     parser = ArgumentParser(
         prog=f"fastvid {verb}",
         usage=f"%(prog)s RECIPE{own} [--config FILE] [--print_config] [--GROUP.NAME VALUE ...]",
-        description="\n".join([about, "", "recipes:", *lines]),
+        description="\n".join([about, "", "recipes:", *lines, *([] if values else [_NO_DEFAULTS])]),
         epilog=epilog,
         formatter_class=Help,
     )

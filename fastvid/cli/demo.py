@@ -44,6 +44,7 @@ class Verdict(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> int:
+    from fastvid import __version__
     from fastvid.training.batches import open_sets
     from fastvid.training.codec import build_codec
     from fastvid.training.evaluate import format_table, write_json
@@ -72,8 +73,15 @@ def main(argv: Sequence[str]) -> int:
             draw_task(out, model, codec, config, shown, task, steps=steps)
     draw_losses(out / "loss.png", Path(config.run.folder), stopped)
     verdicts = compare(scores)
-    result = {"scores": scores, "verdicts": [v.text for v in verdicts], "seconds": seconds}
-    write_json(result | {"steps": config.run.steps}, out / "metrics.json")
+    result = {
+        "fastvid": __version__,
+        "torch": torch.__version__,
+        "steps": config.run.steps,
+        "scores": scores,
+        "verdicts": [verdict.text for verdict in verdicts],
+        "seconds": seconds,
+    }
+    write_json(result, out / "metrics.json")
 
     print("\n" + "\n\n".join(format_table(scores[task]) for task in scores))
     print("\n" + "\n".join(verdict.text for verdict in verdicts))
@@ -183,28 +191,23 @@ def score(
     steps: int = DDIM_STEPS,
 ) -> dict[str, Any]:
     """One sample, the mean by one step, and the rivals on `clips`; see `training.evaluate`."""
-    from tqdm import tqdm
-
+    from fastvid.cli._sampling import latent_bound, pick_task, progress_bar
     from fastvid.training.build import build_schedule
     from fastvid.training.evaluate import evaluate
 
-    with tqdm(unit="call", leave=False, disable=None) as bar:  # None: only on a terminal
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    task, given = pick_task(config, task, None)
+    with progress_bar(unit="call", leave=False) as progress:
         return evaluate(
             model,
             codec,
             build_schedule(config.diffusion),
             clips,
             task=task,
-            given=config.diffusion.given.get(task),
+            given=given,
             prediction=config.diffusion.prediction,
             steps=steps,
             samples=1,
-            clip=1.0,
+            clip=latent_bound(config),
             batch=16,
             progress=progress,
         )
@@ -236,6 +239,7 @@ def draw_task(
     steps: int = DDIM_STEPS,
 ) -> None:
     """TASK.png, TASK.mp4, TASK.gif in `out`: truth, rival, the model's mean and one sample."""
+    from fastvid.cli._sampling import latent_bound, pick_task
     from fastvid.data.video import write_gif, write_mp4
     from fastvid.diffusion.sampling import draw_noise, one_step_x0, seeded
     from fastvid.metrics import linear_blend
@@ -252,10 +256,10 @@ def draw_task(
         task=task,
         seeds=range(len(clips)),
         frames=clips.shape[2],
-        given=config.diffusion.given.get(task),
+        given=pick_task(config, task, None)[1],
         steps=steps,
         prediction=prediction,
-        clip=1.0,
+        clip=latent_bound(config),
     )
     latents = codec.encode(clips)
     noise = draw_noise(latents.shape, seeded(range(len(clips))))

@@ -32,8 +32,10 @@ def main(argv: Sequence[str]) -> int:
         ("Ops", ops),
     ):
         print(title)
-        for name, state in section(broken):
-            print(f"  {name:28}{state}")
+        lines = list(section(broken))
+        width = max(28, *(len(name) + 2 for name, _ in lines))
+        for name, state in lines:
+            print(f"  {name:{width}}{state}")
     for fault in broken:
         print(f"BROKEN: {fault}")
     print(f"{len(broken)} broken" if broken else "Everything that is here works.")

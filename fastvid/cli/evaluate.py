@@ -21,31 +21,21 @@ if TYPE_CHECKING:
 
 @torch.inference_mode()
 def main(argv: Sequence[str]) -> int:
-    from tqdm import tqdm
-
     from fastvid import __version__
+    from fastvid.cli._sampling import latent_bound, pick_device, pick_task, progress_bar
     from fastvid.training.build import build_schedule
     from fastvid.training.evaluate import evaluate, format_table, write_json
     from fastvid.training.runs import load_run
 
     options = _parser().parse_args(argv)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device(options.device)
     metrics, fvd = _metrics(options, device)  # first: a missing file should not cost a sampling
     model, config, codec = load_run(options.run)
     model, codec = model.to(device).fold(), codec.to(device)
     clips = _clips(options, config, codec)
-    task, given = options.task, options.given
-    if task == "image-to-video" and given is None:
-        task, given = "predict", 1  # the first frame, as `fastvid sample` takes it
-    if given is None:
-        given = config.diffusion.given.get(task)
+    task, given = pick_task(config, options.task, options.given)
 
-    with tqdm(unit="call", desc=task, delay=0.1) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with progress_bar(unit="call", desc=task, delay=0.1) as progress:
         result = evaluate(
             model,
             codec,
@@ -60,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
             seed=options.seed,
             metrics=metrics,
             fvd=fvd,
-            clip=1.0 if config.codec.kind == "pixel" else None,
+            clip=latent_bound(config),
             batch=options.batch,
             device=device,
             progress=progress,

@@ -28,8 +28,7 @@ class Clip(NamedTuple):
 
 @torch.inference_mode()
 def main(argv: Sequence[str]) -> int:
-    from tqdm import tqdm
-
+    from fastvid.cli._sampling import latent_bound, pick_device, pick_task, progress_bar
     from fastvid.training.build import build_schedule
     from fastvid.training.runs import load_run
     from fastvid.training.sample import sample_task, with_frames
@@ -37,29 +36,24 @@ def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     _check(options)
     model, config, codec = load_run(options.run)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device(options.device)
     model, codec = model.to(device), codec.to(device)
     frames = options.frames or config.data.frames
     if options.one_pass and frames > model.config.frames:
         model = with_frames(model, frames)
     model.fold()
-    task, given = options.task, options.given
-    if given is None:
-        given = config.diffusion.given.get(task)
-    if task == "image-to-video" and options.given is None:
-        task, given = "predict", 1  # the first frame, not any: an image has no other
+    task, given = pick_task(config, options.task, options.given)
 
     clips = _clips(options, config, model, task, given, frames)
     jobs = [(clip, seed) for clip in clips for seed in _seeds(options)]
     batches = [jobs[i : i + options.batch] for i in range(0, len(jobs), options.batch)]
     out = Path(options.out or Path(options.run) / "samples")
-    with tqdm(unit="step", desc=options.task, disable=None) as bar:  # None: only on a terminal
+    with progress_bar(unit="step", desc=options.task) as progress:
+        for number, jobs_together in enumerate(batches):
 
-        def progress(done: int, total: int) -> None:
-            bar.total = total * len(batches)
-            bar.update()
+            def tick(done: int, total: int, before: int = number) -> None:
+                progress(before * total + done, len(batches) * total)
 
-        for jobs_together in batches:
             video = [clip.video for clip, _ in jobs_together]
             length = min((v.shape[1] for v in video if v is not None), default=0)
             made = sample_task(
@@ -75,8 +69,8 @@ def main(argv: Sequence[str]) -> int:
                 steps=min(options.steps, config.diffusion.steps),
                 eta=options.eta,
                 prediction=config.diffusion.prediction,
-                clip=1.0 if config.codec.kind == "pixel" else None,
-                progress=progress,
+                clip=latent_bound(config),
+                progress=tick,
             )
             for (clip, seed), video_made, known in zip(jobs_together, *made, strict=True):
                 name = f"{clip.name}-{options.task}-seed{seed}"
@@ -93,16 +87,18 @@ def enlarged(video: Tensor, smallest: int = SMALLEST) -> Tensor:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="fastvid sample",
-        description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(prog="fastvid sample", description=__doc__)
     add = parser.add_argument
     add("run", help="run folder of `fastvid train`, or a model folder in one")
     add("--task", choices=TASKS, required=True, metavar="TASK", help=", ".join(TASKS))
-    add("--input", nargs="+", default=[], metavar="CLIP", help="video files, or images")
-    add("--start", type=int, default=0, help="first frame of the input to use")
+    add(
+        "--input",
+        nargs="+",
+        default=[],
+        metavar="CLIP",
+        help="video files, folders of frames, or images",
+    )
+    add("--start", type=int, default=0, help="first frame of the input to use [0]")
     add("--stride", type=int, help="take every so manyth frame of the input [that of training]")
     add("--given", type=int, metavar="K", help="given frames [those of training, else of the task]")
     add("--frames", type=int, metavar="N", help="frames of the clip to make [those of training]")
@@ -114,11 +110,13 @@ def _parser() -> argparse.ArgumentParser:
         "--one-pass", action="store_true", help="make a long clip at once, by a longer time table"
     )
     add("--overlap", type=int, help="frames a window sees of the one before [as many as given]")
-    add("--steps", type=int, default=50, help="DDIM steps")
-    add("--eta", type=float, default=0.0, help="noise of the DDIM steps: 0 none, 1 as ancestral")
-    add("--seed", type=int, default=0, help="of the first sample; the next ones count up")
-    add("--samples", type=int, default=1, help="samples of every input")
-    add("--batch", type=int, default=8, help="clips at a time; changes no result")
+    add("--steps", type=int, default=50, help="DDIM steps [50]")
+    add(
+        "--eta", type=float, default=0.0, help="noise of the DDIM steps: 0 none, 1 as ancestral [0]"
+    )
+    add("--seed", type=int, default=0, help="of the first sample; the next ones count up [0]")
+    add("--samples", type=int, default=1, help="samples of every input [1]")
+    add("--batch", type=int, default=8, help="clips at a time; changes no result [8]")
     add("--device", choices=("cpu", "cuda"), help="[CUDA where there is one]")
     add("--out", metavar="DIR", help="where files go [RUN/samples]")
     return parser
@@ -175,11 +173,17 @@ def _read(
     path: Path, start: int, frames: int, stride: int, config: "TrainConfig"
 ) -> tuple[Tensor, float]:
     """Up to `frames` frames as (3, T, H, W) in [-1, 1] at the run's size, and their rate."""
-    from fastvid.data.frames import IMAGES, read_image
+    from fastvid.data.frames import IMAGES, frame_folders, read_image
     from fastvid.data.video import probe, read_clip, resize
 
     size, fit = config.data.size, config.data.fit
-    if path.suffix.lower() in IMAGES:
+    if path.is_dir():
+        images = next((f for f in frame_folders(path) if f[0].parent == path), [])
+        if not (wanted := images[start::stride][:frames]):
+            raise ValueError(f"{path} has {len(images)} frames, none from --start {start} on")
+        levels = torch.cat([resize(read_image(image)[None], size, fit) for image in wanted])
+        fps = FPS
+    elif path.suffix.lower() in IMAGES:
         levels, fps = resize(read_image(path)[None], size, fit), FPS
     else:
         info = probe(path)

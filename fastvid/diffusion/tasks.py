@@ -10,85 +10,86 @@ arXiv:2106.08254, algorithm 1 (blockwise cells).
 
 import math
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
 
-Task = Callable[[int, int, int, int | None, int, Generator | None], Tensor]
+
+class Clips(NamedTuple):
+    """What a task decides for: `batch` clips in latent cells, and where their draws come from."""
+
+    frames: int
+    height: int
+    width: int
+    given: int | None  # frames, None for the task's own
+    batch: int
+    generator: Generator | None
 
 
-def predict(
-    frames: int, height: int, width: int, given: int | None, batch: int, generator: Generator | None
-) -> Tensor:
+Task = Callable[[Clips], Tensor]
+
+
+def predict(clips: Clips) -> Tensor:
     """The first frames are given: 8, or half of a clip of 8 or fewer."""
-    known = torch.zeros(batch, frames, dtype=torch.bool)
-    known[:, : _given(given, frames, 8 if frames > 8 else frames // 2)] = True
+    known = torch.zeros(clips.batch, clips.frames, dtype=torch.bool)
+    known[:, : _given(clips, 8 if clips.frames > 8 else clips.frames // 2)] = True
     return known
 
 
-def backward(
-    frames: int, height: int, width: int, given: int | None, batch: int, generator: Generator | None
-) -> Tensor:
+def backward(clips: Clips) -> Tensor:
     """The last frames are given: as many as `predict` takes."""
-    return predict(frames, height, width, given, batch, generator).flip(1)
+    return predict(clips).flip(1)
 
 
-def interpolate(
-    frames: int, height: int, width: int, given: int | None, batch: int, generator: Generator | None
-) -> Tensor:
+def interpolate(clips: Clips) -> Tensor:
     """Every fourth frame is given from the first; `given` frames are spread from first to last."""
-    known = torch.zeros(batch, frames, dtype=torch.bool)
-    if given is None:
-        _given(None, frames, math.ceil(frames / 4))
+    known = torch.zeros(clips.batch, clips.frames, dtype=torch.bool)
+    count = _given(clips, math.ceil(clips.frames / 4))
+    if clips.given is None:
         known[:, ::4] = True
     else:
-        count = _given(given, frames, 0)
-        known[:, torch.linspace(0, frames - 1, count, dtype=torch.float64).round().long()] = True
+        spread = torch.linspace(0, clips.frames - 1, count, dtype=torch.float64)
+        known[:, spread.round().long()] = True
     return known
 
 
-def unconditional(
-    frames: int, height: int, width: int, given: int | None, batch: int, generator: Generator | None
-) -> Tensor:
+def unconditional(clips: Clips) -> Tensor:
     """Nothing is given."""
-    if given:
-        raise ValueError(f"given must be 0 or None for this task, got {given}")
-    return torch.zeros(batch, frames, dtype=torch.bool)
+    if clips.given:
+        raise ValueError(f"given must be 0 or None for this task, got {clips.given}")
+    return torch.zeros(clips.batch, clips.frames, dtype=torch.bool)
 
 
-def image_to_video(
-    frames: int, height: int, width: int, given: int | None, batch: int, generator: Generator | None
-) -> Tensor:
+def image_to_video(clips: Clips) -> Tensor:
     """One frame is given, any of them; for the first one ask `predict` with `given=1`."""
-    count = _given(given, frames, 1)
-    order = torch.rand(batch, frames, generator=generator).argsort(1)
-    return torch.zeros(batch, frames, dtype=torch.bool).scatter_(1, order[:, :count], True)
+    shape, count = (clips.batch, clips.frames), _given(clips, 1)
+    order = torch.rand(shape, generator=clips.generator).argsort(1)
+    return torch.zeros(shape, dtype=torch.bool).scatter_(1, order[:, :count], True)
 
 
-def arbitrary_interpolation(
-    frames: int, height: int, width: int, given: int | None, batch: int, generator: Generator | None
-) -> Tensor:
+def arbitrary_interpolation(clips: Clips) -> Tensor:
     """Each frame is given with probability 0.2; or `given` of them, any."""
-    if given is not None:
-        return image_to_video(frames, height, width, given, batch, generator)
-    known = torch.rand(batch, frames, generator=generator) < 0.2
+    if clips.given is not None:
+        return image_to_video(clips)
+    known = torch.rand(clips.batch, clips.frames, generator=clips.generator) < 0.2
     while (full := known.all(1)).any():
-        known[full] = torch.rand(int(full.sum()), frames, generator=generator) < 0.2
+        again = torch.rand(int(full.sum()), clips.frames, generator=clips.generator)
+        known[full] = again < 0.2
     return known
 
 
-def complete(
-    frames: int, height: int, width: int, given: int | None, batch: int, generator: Generator | None
-) -> Tensor:
+def complete(clips: Clips) -> Tensor:
     """Half of every frame is given, in blocks; whole frames at the ends, up to 3 at each.
 
     `given` frames are whole: half of them first, half last, an odd one first.
     """
+    frames, height, width, given, batch, generator = clips
     known = torch.ones(batch, frames, height, width, dtype=torch.bool)
     if given is None:
         ends = torch.randint(0, min(3, (frames - 1) // 2) + 1, (batch, 2), generator=generator)
     else:
-        count = _given(given, frames, 0, least=0)
+        count = _given(clips, 0, least=0)
         ends = torch.tensor([count - count // 2, count // 2]).expand(batch, 2)
     for sample, (first, last) in zip(known, ends.tolist(), strict=True):
         sample[first : frames - last] = ~block_cells(height, width, generator=generator)
@@ -139,7 +140,7 @@ def task_known(
     for label, size in sizes.items():
         if size < 1:
             raise ValueError(f"{label} must be at least 1, got {size}")
-    return TASKS[name](frames, height, width, given, batch, generator)
+    return TASKS[name](Clips(frames, height, width, given, batch, generator))
 
 
 def draw_task(
@@ -204,11 +205,11 @@ def _rectangle(
     return slice(first, first + tall), slice(start, start + wide)
 
 
-def _given(given: int | None, frames: int, default: int, *, least: int = 1) -> int:
-    count = default if given is None else given
-    if not least <= count < frames:
+def _given(clips: Clips, default: int, *, least: int = 1) -> int:
+    count = default if clips.given is None else clips.given
+    if not least <= count < clips.frames:
         raise ValueError(
-            f"given must be at least {least} and leave one of {frames} frames to generate, "
+            f"given must be at least {least} and leave one of {clips.frames} frames to generate, "
             f"got {count}"
         )
     return count

@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fastvid.models.vdt_official import layout, read, sizes
 from fastvid.modules.attention import SpatialAttention, TemporalAttention
 from fastvid.modules.embeddings import (
     TimestepEmbedding,
@@ -25,12 +26,23 @@ from fastvid.modules.embeddings import (
     sincos_grid,
     sincos_table,
 )
-from fastvid.modules.hub import HubModel, load_strictly, read_weights, refuse_mismatch
-from fastvid.modules.linear import call
+from fastvid.modules.hub import HubModel, expect_types, refuse_misfits
+from fastvid.modules.linear import apply_linear
 from fastvid.modules.mlp import MLP
 from fastvid.modules.modulation import gated_residual, modulated, normed
 
-_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # of the published widths; shapes do not tell
+# Far beyond any model: a config that comes in a file is refused before anything is made.
+_LIMITS = {
+    "channels": 4096,
+    "height": 4096,
+    "width": 4096,
+    "frames": 65536,
+    "patch": 256,
+    "dim": 65536,
+    "depth": 1024,
+    "heads": 4096,
+    "num_classes": 10_000_000,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +65,14 @@ class VDTConfig:
     mode: Literal["video", "image"] = "video"
 
     def __post_init__(self):
-        sizes = ("channels", "height", "width", "frames", "patch", "dim", "depth", "heads")
-        for name in (*sizes, "num_classes"):
+        expect_types(self)
+        for name, limit in _LIMITS.items():
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be positive, got {value}")
-        if int(self.dim * self.mlp_ratio) < 1:
-            raise ValueError(f"mlp_ratio must be at least 1 / dim, got {self.mlp_ratio}")
+            if value > limit:
+                raise ValueError(f"{name} must be at most {limit}, got {value}")
+        if not 1 / self.dim <= self.mlp_ratio <= 256:
+            raise ValueError(f"mlp_ratio must be in [1 / dim, 256], got {self.mlp_ratio}")
         for name, divisor in (("height", self.patch), ("width", self.patch), ("dim", self.heads)):
             if (value := getattr(self, name)) % divisor:
                 raise ValueError(f"{name} must be a multiple of {divisor}, got {value}")
@@ -73,7 +87,12 @@ class VDTConfig:
 
     @property
     def out_channels(self) -> int:
+        """Of the prediction: noise, and variance where that is learned."""
         return self.channels * (2 if self.learned_variance else 1)
+
+
+VDT_S = VDTConfig(dim=384, depth=12, heads=6)  # S/2, 41.4 M parameters
+VDT_L = VDTConfig(dim=1152, depth=28, heads=16)  # L/2, 859.8 M
 
 
 class Block(nn.Module):
@@ -91,13 +110,17 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         """`modulation` (B or 1, 6, D): shift, scale and gate of the spatial branch, of the MLP."""
-        if not torch.is_grad_enabled():
-            x = x.clone()  # updated below: the caller's, which hooks may hold, stays as it is
+        # Without a backward one copy is updated: the caller's x, which hooks may hold, is not.
+        in_place = not torch.is_grad_enabled()
+        x = x.clone() if in_place else x
         if self.temporal is not None:
-            x = gated_residual(x, self.temporal(normed(x, self.temporal_norm)))
+            branch = self.temporal(normed(x, self.temporal_norm))
+            x = gated_residual(x, branch, in_place=in_place)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation.unbind(1)
-        x = gated_residual(x, self.spatial(modulated(x, shift, scale)), gate)
-        return gated_residual(x, self.mlp(modulated(x, mlp_shift, mlp_scale)), mlp_gate)
+        branch = self.spatial(modulated(x, shift, scale))
+        x = gated_residual(x, branch, gate, in_place=in_place)
+        branch = self.mlp(modulated(x, mlp_shift, mlp_scale))
+        return gated_residual(x, branch, mlp_gate, in_place=in_place)
 
 
 class VDT(HubModel):
@@ -127,7 +150,7 @@ class VDT(HubModel):
         if config.mode == "video":
             self.register_buffer("time", sincos_table(config.frames, D))
         self.reset_parameters()
-        self.register_state_dict_pre_hook(_refuse_to_save_folded)
+        self.register_state_dict_pre_hook(_refuse_folded)
 
     def reset_parameters(self) -> None:
         """Xavier for all but the label and timestep tables; every branch gate starts at zero."""
@@ -167,14 +190,11 @@ class VDT(HubModel):
             ValueError: a shape is not the one above or exceeds the config.
             TypeError: `known` is not bool, `timestep` or `labels` not integers.
         """
+        self._check(latents, timestep, known, condition_frames)
         given = 0
         if condition_frames is not None:
-            _expect_floats("latents", latents)
-            _expect_floats("condition_frames", condition_frames)
-            _check_condition(condition_frames, latents)
             given = condition_frames.shape[2]
             latents = torch.cat([condition_frames, latents], dim=2)
-        self._check(latents, timestep, known, given)
 
         p, dtype = self.config.patch, self.patch.weight.dtype
         x = rearrange(latents, "b c t (h p) (w q) -> b t (h w) (c p q)", p=p, q=p)
@@ -187,7 +207,7 @@ class VDT(HubModel):
                 x = checkpoint(block, x, part, use_reentrant=False)
             else:
                 x = block(x, part)
-        x = call(self.final, modulated(x, *last.unbind(1)))
+        x = apply_linear(self.final, modulated(x, *last.unbind(1)))
         height = latents.shape[3] // p
         x = rearrange(x, "b t (h w) (p q c) -> b c t (h p) (w q)", h=height, p=p, q=p)
         return (x[:, :, given:] if given else x).to(latents.dtype)
@@ -215,17 +235,31 @@ class VDT(HubModel):
             labels = torch.where(dropped, config.num_classes, labels)
         return self.label(labels)
 
-    def _check(self, latents: Tensor, timestep: Tensor, known: Tensor | None, given: int) -> None:
+    def _check(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        known: Tensor | None,
+        condition_frames: Tensor | None,
+    ) -> None:
         config = self.config
         _expect_floats("latents", latents)
         if latents.ndim != 5 or latents.shape[1] != config.channels:
             expected = f"(B, {config.channels}, T, H, W)"
             raise ValueError(f"latents must be {expected}, got {tuple(latents.shape)}")
-        B, _, T, H, W = latents.shape
-        if not 0 < T <= config.frames:
+        B, C, T, H, W = latents.shape
+        total = T
+        if condition_frames is not None:
+            _expect_floats("condition_frames", condition_frames)
+            shape = tuple(condition_frames.shape)
+            if len(shape) != 5 or (*shape[:2], *shape[3:]) != (B, C, H, W):
+                expected = f"({B}, {C}, Tc, {H}, {W}), as latents are"
+                raise ValueError(f"condition_frames must be {expected}, got {shape}")
+            total += shape[2]
+        if T < 1 or total > config.frames:
             raise ValueError(
-                f"latents must have 1 to {config.frames} frames, got {T}; load the "
-                f"weights with from_official(..., frames={T}) for more"
+                f"latents, with condition_frames, must have 1 to {config.frames} frames, got "
+                f"{total}; load the weights with from_official(..., frames={total}) for more"
             )
         for name, size, limit in (("H", H, config.height), ("W", W, config.width)):
             if size % config.patch or not 0 < size <= limit:
@@ -235,7 +269,6 @@ class VDT(HubModel):
                 )
         _expect_integers("timestep", timestep, B)
         if known is not None:
-            T -= given
             if not isinstance(known, Tensor) or known.dtype != torch.bool:
                 raise TypeError(f"known must be bool, True where given, got {_kind(known)}")
             if known.shape not in ((B, T), (B, T, H, W), (1, T), (1, T, H, W)):
@@ -254,15 +287,11 @@ class VDT(HubModel):
         return self
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
-        self._refuse_folded()
+        _refuse_folded(self)
         return super().save_pretrained(save_directory, **kwargs)
 
     def _temporal(self) -> list[TemporalAttention]:
         return [module for module in self.modules() if isinstance(module, TemporalAttention)]
-
-    def _refuse_folded(self) -> None:
-        if any(attention.fc is None for attention in self._temporal()):
-            raise RuntimeError("a folded model has lost temporal_fc: save it before fold()")
 
     @classmethod
     def from_official(
@@ -287,20 +316,27 @@ class VDT(HubModel):
             frames, height, width: new maxima. Positions are resized bicubically, as the official
                 loader does; times are computed anew unless `time_interpolation` stretches them.
         Raises:
-            ValueError: a tensor is missing, left over or of another shape, all named.
+            ValueError: a tensor is missing, left over, of another shape or not finite, all named;
+                the file is not whole; the sizes asked for make no sense.
+            TypeError: `source` is no dict of tensors.
         """
-        state = dict(source if isinstance(source, Mapping) else _read(Path(source)))
+        state = read(source)
         if config is None:
-            config = _infer_config(state, heads)
+            config = VDTConfig(**sizes(state, heads))
         elif heads not in (None, config.heads):
             raise ValueError(f"heads={heads} contradicts config.heads={config.heads}")
-        layout = _official_layout(config)
-        refuse_mismatch({k: v for parts in layout.values() for k, v in parts.items()}, state)
+        if config.mode == "image" and frames not in (None, 1):
+            raise ValueError(
+                f"frames={frames} needs the weights of a video model, these are of an image model: "
+                f"VDT.from_image(VDT.from_official(...), frames={frames}) starts a video model"
+            )
         with torch.device("meta"):
             shapes = {name: value.shape for name, value in cls(config).state_dict().items()}
+        parts_of = layout(config, shapes)
+        refuse_misfits({k: v for parts in parts_of.values() for k, v in parts.items()}, state)
         own = {
             name: torch.cat([state[part].flatten() for part in parts]).view(shapes[name])
-            for name, parts in layout.items()
+            for name, parts in parts_of.items()
         }
         target = replace(
             config,
@@ -322,7 +358,7 @@ class VDT(HubModel):
             own["time"] = times.to(table.device, table.dtype).contiguous()
         with torch.device("meta"):
             model = cls(target)
-        load_strictly(model, own)
+        model.load_state_dict(own, assign=True)
         return model
 
     @classmethod
@@ -340,7 +376,8 @@ class VDT(HubModel):
     def to_official_state_dict(self) -> dict[str, Tensor]:
         """The weights under the official names and in the official shapes, as copies."""
         own, official = self.state_dict(), {}
-        for name, parts in _official_layout(self.config).items():
+        shapes = {name: value.shape for name, value in own.items()}
+        for name, parts in layout(self.config, shapes).items():
             pieces = own[name].flatten().split([math.prod(shape) for shape in parts.values()])
             for (part, shape), piece in zip(parts.items(), pieces, strict=True):
                 official[part] = piece.reshape(shape).clone()
@@ -368,111 +405,7 @@ def _kind(value: Any) -> Any:
     return value.dtype if isinstance(value, Tensor) else type(value).__name__
 
 
-def _check_condition(frames: Tensor, latents: Tensor) -> None:
-    if (
-        frames.ndim != 5
-        or latents.ndim != 5
-        or (frames.shape[:2] + frames.shape[3:] != latents.shape[:2] + latents.shape[3:])
-    ):
-        raise ValueError(
-            "condition_frames must be like latents on all axes but time, "
-            f"got {tuple(frames.shape)} beside {tuple(latents.shape)}"
-        )
-
-
-def _refuse_to_save_folded(model: VDT, prefix: str, keep_vars: bool) -> None:
-    if not keep_vars:  # torch.export looks at the live tensors, and may
-        model._refuse_folded()
-
-
-VDT_S = VDTConfig(dim=384, depth=12, heads=6)  # S/2, 41.4 M parameters
-VDT_L = VDTConfig(dim=1152, depth=28, heads=16)  # L/2, 859.8 M
-
-_MODULES = {  # ours: official, where only the name differs
-    "timestep.fc1": "t_embedder.mlp.0",
-    "timestep.fc2": "t_embedder.mlp.2",
-    "final": "final_layer.linear",
-}
-_BLOCK_MODULES = {
-    "spatial.qkv": "attn.qkv",
-    "spatial.proj": "attn.proj",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
-    "temporal_norm": "temporal_norm1",
-    "temporal.qkv": "temporal_attn.qkv",
-    "temporal.proj": "temporal_attn.proj",
-    "temporal.fc": "temporal_fc",
-}
-
-
-def _official_layout(config: VDTConfig) -> dict[str, dict[str, tuple[int, ...]]]:
-    """For each tensor of ours the official tensors that make it up, with their shapes.
-
-    Ours is their values one after the other: only the modulation has more than one part.
-    """
-    with torch.device("meta"):
-        own = VDT(config).state_dict()
-    D, p = config.dim, config.patch
-    modules = dict(_MODULES)
-    for i in range(config.depth):
-        modules |= {f"blocks.{i}.{k}": f"blocks.{i}.{v}" for k, v in _BLOCK_MODULES.items()}
-    layout: dict[str, dict[str, tuple[int, ...]]] = {
-        "patch.weight": {"x_embedder.proj.weight": (D, config.channels, p, p)},
-        "patch.bias": {"x_embedder.proj.bias": (D,)},
-        "label.weight": {"y_embedder.embedding_table.weight": tuple(own["label.weight"].shape)},
-        "position": {"pos_embed": (1, own["position"].shape[:2].numel(), D)},
-        "time": {"time_embed": (1, config.frames, D)},
-    }
-    adaln = [(f"blocks.{i}", 6 * D) for i in range(config.depth)] + [("final_layer", 2 * D)]
-    for kind, tail in (("weight", (D,)), ("bias", ())):
-        layout[f"modulation.{kind}"] = {
-            f"{part}.adaLN_modulation.1.{kind}": (rows, *tail) for part, rows in adaln
-        }
-        layout |= {
-            f"{name}.{kind}": {f"{official}.{kind}": tuple(own[f"{name}.{kind}"].shape)}
-            for name, official in modules.items()
-            if f"{name}.{kind}" in own
-        }
-    return {name: layout[name] for name in own}
-
-
-def _infer_config(state: Mapping[str, Tensor], heads: int | None) -> VDTConfig:
-    """Read the config off the official shapes, all but the number of heads."""
-    required = (
-        "pos_embed",
-        "x_embedder.proj.weight",
-        "y_embedder.embedding_table.weight",
-        "blocks.0.mlp.fc1.weight",
-        "final_layer.linear.weight",
-    )
-    if missing := [name for name in required if name not in state]:
-        raise ValueError(f"not the weights of a VDT: missing {', '.join(missing)}")
-    D, channels, p, _ = state["x_embedder.proj.weight"].shape
-    if heads is None and D not in _HEADS:
-        raise ValueError(f"heads must be given: width {D} is none of {sorted(_HEADS)}")
-    tokens = state["pos_embed"].shape[1]
-    side = math.isqrt(tokens)
-    if side * side != tokens:
-        raise ValueError(f"config must be given: pos_embed of {tokens} tokens is not square")
-    rows = state["y_embedder.embedding_table.weight"].shape[0]
-    return VDTConfig(
-        channels=channels,
-        height=side * p,
-        width=side * p,
-        frames=state["time_embed"].shape[1] if "time_embed" in state else 1,
-        patch=p,
-        dim=D,
-        depth=len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
-        heads=heads or _HEADS[D],
-        mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / D,
-        num_classes=max(rows - 1, 1),
-        class_dropout=0.1 if rows > 1 else 0.0,
-        learned_variance=state["final_layer.linear.weight"].shape[0] == 2 * channels * p * p,
-        mode="video" if "time_embed" in state else "image",
-    )
-
-
-def _read(path: Path) -> Mapping[str, Tensor]:
-    if path.suffix == ".safetensors":
-        return read_weights(path)
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+def _refuse_folded(model: VDT, prefix: str = "", keep_vars: bool = False) -> None:
+    """Also the hook of `state_dict`; torch.export, which keeps the live tensors, may look."""
+    if not keep_vars and any(attention.fc is None for attention in model._temporal()):
+        raise RuntimeError("a folded model has lost temporal_fc: save it before fold()")

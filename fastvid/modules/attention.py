@@ -20,7 +20,7 @@ from fastvid.functional import (
     masked_attention,
     temporal_attention,
 )
-from fastvid.modules.linear import Cheap, call, call_parts, is_plain, linear
+from fastvid.modules.linear import Deferred, apply_linear, apply_linear_parts, is_plain, linear
 
 
 class SpatialAttention(nn.Module):
@@ -32,11 +32,11 @@ class SpatialAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)  # rows ordered q, k, v, then head
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor | Cheap) -> Tensor:
-        q, k, v = call_parts(self.qkv, x, 3)
+    def forward(self, x: Tensor | Deferred) -> Tensor:
+        q, k, v = apply_linear_parts(self.qkv, x, 3)
         B, T, N, D = q.shape
         out = _attend(q, k, v, (B * T, N, self.heads, D // self.heads))
-        return call(self.proj, out)
+        return apply_linear(self.proj, out)
 
 
 class TemporalAttention(nn.Module):
@@ -53,8 +53,8 @@ class TemporalAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.fc: nn.Linear | None = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor | Cheap) -> Tensor:
-        q, k, v = call_parts(self.qkv, x, 3)
+    def forward(self, x: Tensor | Deferred) -> Tensor:
+        q, k, v = apply_linear_parts(self.qkv, x, 3)
         B, T, N, D = q.shape
         out = temporal_attention(*(part.unflatten(-1, (self.heads, -1)) for part in (q, k, v)))
         out = out.flatten(-2)
@@ -62,8 +62,8 @@ class TemporalAttention(nn.Module):
         many = torch.compiler.is_compiling() or B * T * N >= 2 * D
         if many and self._can_merge():
             return linear(out, *self._both())
-        out = call(self.proj, out)
-        return out if self.fc is None else call(self.fc, out)
+        out = apply_linear(self.proj, out)
+        return out if self.fc is None else apply_linear(self.fc, out)
 
     def _can_merge(self) -> bool:
         return is_plain(self.proj, nn.Linear) and is_plain(self.fc, nn.Linear)

@@ -70,16 +70,35 @@ def read_config(path: Path, config_class: type) -> Any:
     """Build `config_class` from a JSON file.
 
     Raises:
-        ValueError: not JSON, or a key that the class does not have.
+        ValueError: not a JSON object, a key that the class does not have, or a value it refuses.
+        TypeError: a value of another type than the class wants.
     """
     try:
         values = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}")
     known = {field.name for field in fields(config_class)}
     if unknown := sorted(set(values) - known):
         raise ValueError(f"{path} has keys unknown to {config_class.__name__}: {unknown}")
-    return config_class(**values)
+    try:
+        return config_class(**values)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{path}: {error}") from error
+
+
+def expect_types(config: Any) -> None:
+    """TypeError unless the int, float and bool fields of a dataclass hold just that.
+
+    An int will do for a float; a bool is no number.
+    """
+    allowed: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,)}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        types = allowed.get(field.type)
+        if types and type(value) not in types:
+            raise TypeError(f"{field.name} must be {types[-1].__name__}, got {value!r}")
 
 
 def read_weights(path: Path, device: str = "cpu") -> dict[str, Tensor]:
@@ -98,15 +117,15 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Give `model` the tensors of `state`, which become its own.
 
     Raises:
-        ValueError: names that are missing, left over or of another shape, all of them listed.
+        ValueError: names that are missing, left over, of another shape or not finite, all listed.
     """
     own = model.state_dict()
-    refuse_mismatch({name: value.shape for name, value in own.items()}, state)
+    refuse_misfits({name: value.shape for name, value in own.items()}, state)
     model.load_state_dict(state, assign=True)
 
 
-def refuse_mismatch(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]) -> None:
-    """ValueError unless `state` has exactly the names and shapes of `expected`."""
+def refuse_misfits(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]) -> None:
+    """ValueError unless `state` has exactly the names and shapes of `expected`, all finite."""
     complaints = [f"missing {name}" for name in sorted(expected.keys() - state.keys())]
     complaints += [f"left over {name}" for name in sorted(state.keys() - expected.keys())]
     complaints += [
@@ -114,5 +133,14 @@ def refuse_mismatch(expected: Mapping[str, tuple[int, ...]], state: Mapping[str,
         for name, shape in expected.items()
         if name in state and state[name].shape != shape
     ]
+    complaints = complaints or [
+        f"{name} has NaN or infinite values" for name in expected if not _is_finite(state[name])
+    ]
     if complaints:
         raise ValueError("the weights do not fit the model: " + "; ".join(complaints))
+
+
+def _is_finite(value: Tensor) -> bool:
+    if value.is_meta or not value.is_floating_point() or not value.numel():
+        return True
+    return bool(torch.stack(value.aminmax()).isfinite().all())  # both NaN where one value is

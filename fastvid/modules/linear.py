@@ -1,7 +1,11 @@
 """Linear layers that keep little for the backward, and run on oneDNN on a CPU.
 
-Norms, modulations and GELU cost little beside the linear layer behind them. Given as `Cheap`, its
-input is made a second time in the backward from what the graph holds anyway, instead of being kept.
+Norms, modulations and GELU cost little beside the linear layer behind them. Given as `Deferred`,
+its input is made a second time in the backward from what the graph holds anyway, instead of being
+kept:
+
+    x = Deferred(torch.mul, (tokens, scale))  # nothing is computed yet
+    y = apply_linear(layer, x)  # layer(tokens * scale), whose product is not kept
 """
 
 from collections.abc import Callable, Sequence
@@ -15,16 +19,16 @@ from torch.autograd.function import once_differentiable
 M = TypeVar("M", nn.Linear, nn.LayerNorm)
 
 
-class Cheap(NamedTuple):
+class Deferred(NamedTuple):
     """`make(*inputs)`, to be made when needed and not kept. `make` must draw nothing at random."""
 
     make: Callable[..., Tensor]
     inputs: tuple[Tensor, ...]
 
 
-def materialise(x: Tensor | Cheap) -> Tensor:
+def materialise(x: Tensor | Deferred) -> Tensor:
     """`x` as a tensor."""
-    return x.make(*x.inputs) if isinstance(x, Cheap) else x
+    return x.make(*x.inputs) if isinstance(x, Deferred) else x
 
 
 def is_plain(module: nn.Module | None, kind: type[M]) -> TypeGuard[M]:
@@ -45,35 +49,37 @@ def is_plain(module: nn.Module | None, kind: type[M]) -> TypeGuard[M]:
     return own and not hooked
 
 
-def call(layer: nn.Module, x: Tensor | Cheap) -> Tensor:
+def apply_linear(layer: nn.Module, x: Tensor | Deferred) -> Tensor:
     """`layer(x)`, by `linear` where `layer` is a plain `nn.Linear`."""
     if is_plain(layer, nn.Linear):
         return linear(x, layer.weight, layer.bias)
     return layer(materialise(x))
 
 
-def call_parts(layer: nn.Module, x: Tensor | Cheap, parts: int) -> tuple[Tensor, ...]:
+def apply_linear_parts(layer: nn.Module, x: Tensor | Deferred, parts: int) -> tuple[Tensor, ...]:
     """`layer(x).chunk(parts, -1)` as tensors of their own, by `linear_parts` where it is plain."""
     if is_plain(layer, nn.Linear):
         return linear_parts(x, layer.weight, layer.bias, parts)
     return tuple(part.contiguous() for part in layer(materialise(x)).chunk(parts, -1))
 
 
-def call_gelu(layer: nn.Module, x: Tensor | Cheap) -> Tensor | Cheap:
+def apply_linear_gelu(layer: nn.Module, x: Tensor | Deferred) -> Tensor | Deferred:
     """`gelu(layer(x))`, by `linear_gelu` where `layer` is plain."""
     if is_plain(layer, nn.Linear):
         return linear_gelu(x, layer.weight, layer.bias)
-    return Cheap(gelu, (layer(materialise(x)),))
+    return Deferred(gelu, (layer(materialise(x)),))
 
 
-def linear(x: Tensor | Cheap, weight: Tensor, bias: Tensor) -> Tensor:
+def linear(x: Tensor | Deferred, weight: Tensor, bias: Tensor) -> Tensor:
     """`F.linear(x, weight, bias)`."""
-    if not isinstance(x, Cheap) and not _onednn_serves(x, (torch.float32,)):
+    if not isinstance(x, Deferred) and not _onednn_serves(x, (torch.float32,)):
         return F.linear(x, weight, bias)
     return linear_parts(x, weight, bias, 1)[0]
 
 
-def linear_parts(x: Tensor | Cheap, weight: Tensor, bias: Tensor, parts: int) -> tuple[Tensor, ...]:
+def linear_parts(
+    x: Tensor | Deferred, weight: Tensor, bias: Tensor, parts: int
+) -> tuple[Tensor, ...]:
     """`F.linear(x, weight, bias).chunk(parts, -1)` as tensors of their own.
 
     Args:
@@ -85,23 +91,23 @@ def linear_parts(x: Tensor | Cheap, weight: Tensor, bias: Tensor, parts: int) ->
     if _autocast(weight):
         dtype = torch.get_autocast_dtype(weight.device.type)
         weight, bias = weight.to(dtype), bias.to(dtype)
-    make, inputs = x if isinstance(x, Cheap) else (None, (x,))
+    make, inputs = x if isinstance(x, Deferred) else (None, (x,))
     # A compiler chooses by itself what to keep.
     if torch.compiler.is_compiling():
         return _products(_made(make, inputs, weight), weight, bias, parts)
     return _Linear.apply(make, parts, weight, bias, *inputs)
 
 
-def linear_gelu(x: Tensor | Cheap, weight: Tensor, bias: Tensor) -> Tensor | Cheap:
+def linear_gelu(x: Tensor | Deferred, weight: Tensor, bias: Tensor) -> Tensor | Deferred:
     """`F.gelu(F.linear(x, weight, bias), approximate="tanh")`.
 
     Where a backward is recorded only the linear layer is kept, and GELU is left to the next one.
     """
     fused = _onednn_serves(weight, (torch.float32, torch.bfloat16)) and not _autocast(weight)
     if fused and not torch.is_grad_enabled():
-        made = _made(x.make, x.inputs, weight) if isinstance(x, Cheap) else x
+        made = _made(x.make, x.inputs, weight) if isinstance(x, Deferred) else x
         return _onednn(made, weight, bias, "gelu", [], "tanh")
-    return Cheap(gelu, (linear(x, weight, bias),))
+    return Deferred(gelu, (linear(x, weight, bias),))
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -123,7 +129,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weight, *inputs = ctx.saved_tensors
         _, _, weight_needed, bias_needed, *inputs_needed = ctx.needs_input_grad
-        recorded = any(inputs_needed) and ctx.make not in (None, gelu)
+        recorded = any(inputs_needed) and ctx.make is not None
         if recorded:
             pairs = zip(inputs, inputs_needed, strict=True)
             inputs = [tensor.detach().requires_grad_(needed) for tensor, needed in pairs]
@@ -137,9 +143,6 @@ class _Linear(torch.autograd.Function):
             return None, None, dweight, dbias, *([None] * len(inputs))
         dx = _product(dy, weight.T).view(x.shape)
         if ctx.make is None:
-            return None, None, dweight, dbias, dx
-        if ctx.make is gelu:
-            dx = torch.ops.aten.gelu_backward(dx, inputs[0].to(dx.dtype), approximate="tanh")
             return None, None, dweight, dbias, dx
         wanted = [tensor for tensor in inputs if tensor.requires_grad]
         found = iter(torch.autograd.grad(x, wanted, dx))

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from fastvid.modules.linear import Cheap, call, call_gelu
+from fastvid.modules.linear import Deferred, apply_linear, apply_linear_gelu
 
 
 class MLP(nn.Module):
@@ -13,5 +13,5 @@ class MLP(nn.Module):
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
-    def forward(self, x: Tensor | Cheap) -> Tensor:
-        return call(self.fc2, call_gelu(self.fc1, x))
+    def forward(self, x: Tensor | Deferred) -> Tensor:
+        return apply_linear(self.fc2, apply_linear_gelu(self.fc1, x))

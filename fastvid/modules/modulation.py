@@ -7,23 +7,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvid.functional import norm_modulate
-from fastvid.modules.linear import Cheap, is_plain
+from fastvid.modules.linear import Deferred, is_plain
 
 
-def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Cheap:
+def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Deferred:
     """LayerNorm without parameters, then `* (1 + scale) + shift`.
 
     Args:
         x: (B, T, N, D) tokens.
         shift, scale: (B, D), or (1, D) when all samples share them.
     """
-    return Cheap(_modulated, (x, shift, scale))
+    return Deferred(_modulated, (x, shift, scale))
 
 
-def normed(x: Tensor, norm: nn.Module) -> Tensor | Cheap:
+def normed(x: Tensor, norm: nn.Module) -> Tensor | Deferred:
     """The affine LayerNorm `norm` of x (..., D); made now where `norm` is wrapped or hooked."""
     if is_plain(norm, nn.LayerNorm):
-        return Cheap(partial(_normed, eps=norm.eps), (x, norm.weight, norm.bias))
+        return Deferred(partial(_normed, eps=norm.eps), (x, norm.weight, norm.bias))
     return norm(x)
 
 
@@ -35,11 +35,14 @@ def _normed(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor:
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
-def gated_residual(x: Tensor, branch: Tensor, gate: Tensor | None = None) -> Tensor:
+def gated_residual(
+    x: Tensor, branch: Tensor, gate: Tensor | None = None, *, in_place: bool = False
+) -> Tensor:
     """`x + gate * branch` for tokens (B, T, N, D) and gate (B, D) or (1, D); no gate is one.
 
-    Where nothing is recorded for a backward, `x` itself is updated and returned.
+    `in_place` writes the sum into `x`, for where nothing is recorded for a backward.
     """
-    if torch.is_grad_enabled():
-        return x + branch if gate is None else torch.addcmul(x, branch, gate[:, None, None])
-    return x.add_(branch) if gate is None else x.addcmul_(branch, gate[:, None, None])
+    if gate is None:
+        return x.add_(branch) if in_place else x + branch
+    gate = gate[:, None, None]
+    return x.addcmul_(branch, gate) if in_place else torch.addcmul(x, branch, gate)

@@ -29,23 +29,26 @@ def build_model(config: TrainConfig) -> VDT:
     """A model with fresh weights, or with those of `run.init`.
 
     `run.init` is a run folder, a folder of `save_pretrained`, or an official checkpoint file. An
-    image model starts the spatial half of a video model (the paper's two-stage training).
+    image model, of a folder or a file, starts the spatial half of a video model (the paper's
+    two-stage training).
 
     Raises:
         ValueError: there are no such weights, or they belong to another architecture.
     """
     if not config.run.init:
         return VDT(config.model)
-    path = Path(config.run.init)
+    path, target = Path(config.run.init), config.model
     if path.is_file():
-        target = config.model
         model = VDT.from_official(
-            path, heads=target.heads, frames=target.frames, height=target.height, width=target.width
+            path, heads=target.heads, height=target.height, width=target.width
         )
+        if model.config.mode == target.mode:
+            own = model.to_official_state_dict()
+            model = VDT.from_official(own, config=model.config, frames=target.frames)
     else:
         model = VDT.from_pretrained(model_folder(path))
-        if model.config.mode == "image" and config.model.mode == "video":
-            model = VDT.from_image(model, frames=config.model.frames)
+    if model.config.mode == "image" and target.mode == "video":
+        model = VDT.from_image(model, frames=target.frames)
     # Training alone reads these two; weights fit whatever they are.
     dropout = model.config.class_dropout and (config.model.class_dropout or 0.1)
     found = replace(model.config, drop_labels=config.model.drop_labels, class_dropout=dropout)

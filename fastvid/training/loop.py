@@ -50,31 +50,32 @@ def train(config: TrainConfig, *, resume: bool = False, stop_at: int = 0) -> Pat
 
 
 def _loop(run: Run, state: TrainState, stop: StopRequest, stop_at: int) -> None:
-    optim, every = run.config.optim, run.config.run
+    optim, settings = run.config.optim, run.config.run
     feed = batches(run.train, run.config, run.codec, state.world, state.sampler)
-    while state.step < every.steps:
+    while state.step < settings.steps:
         batch = next(feed)
         loss = _backward(run, state, batch)
         verdict = judge(state, loss, clip=optim.clip, stop=bool(stop) or state.step + 1 == stop_at)
-        lr = learning_rate(state.step, every.steps, optim)
+        lr = learning_rate(state.step, settings.steps, optim)
         if verdict.finite:
             update(state, lr, optim.ema)
             state.note(loss=verdict.loss, norm=verdict.norm)
         else:
-            leave_out(state, verdict, loss, batch.paths, every, run.log)
+            leave_out(state, verdict, loss, batch.paths, settings, run.log)
         state.optimizer.zero_grad()
         state.step, state.sampler = state.step + 1, batch.sampler
         run.log.advance()
 
-        last, best = state.step == every.steps, False
-        if last or _due(state.step, every.log_every):
+        last = state.step == settings.steps
+        best = False
+        if last or _due(state.step, settings.log_every):
             run.log.steps(state.step, **state.means(), lr=lr)
         # A stop does not leave it out: a resumed run starts at the next step.
-        if run.held_out is not None and (last or _due(state.step, every.validate_every)):
+        if run.held_out is not None and (last or _due(state.step, settings.validate_every)):
             best = _validate(run, state)
-        if last or best or verdict.stop or _due(state.step, every.save_every):
+        if last or best or verdict.stop or _due(state.step, settings.save_every):
             _keep(run, state, best=best)
-        if run.held_out is not None and (last or _due(state.step, every.sample_every)):
+        if run.held_out is not None and (last or _due(state.step, settings.sample_every)):
             _preview(run, state)
         if verdict.stop and not last:
             raise Interrupted(f"stopped at step {state.step}, after saving it")

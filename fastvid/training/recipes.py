@@ -77,8 +77,9 @@ def vdt_cityscapes() -> TrainConfig:
 
     Setting: 16 frames of which 8 are given, prediction and unconditional drawn alike, a chain of
         500 steps, AdamW at 1e-4 without decay, batch 16, latents of sd-vae-ft-mse from a local
-        folder. Two things differ on purpose: each clip draws its own task, and the weights are
-        averaged (the original keeps none).
+        folder. Different on purpose: each clip draws its own task, the learning rate follows a
+        cosine down to 0 (there it stays all but constant), gradients are clipped at norm 1, steps
+        run in bfloat16 under autocast, and the weights are averaged (none of these there).
     Data: `leftImg8bit_sequence/train` and `/val` of Cityscapes, images of any size: 2975 training
         sequences of 30 frames.
     Cost: 860 M parameters; 13.8 GB for weights, gradients and Adam in fp32, 3.4 GB more for the

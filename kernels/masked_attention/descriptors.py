@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import LN2, LOG2E, Blocks, advance, load, own_tile, span, steps, store
+from .._shared.tiles import LN2, LOG2E, load_tile, store_tile
+from .tiles import Blocks, advance, own_tile, span, steps
 
 # By the padded head width, for 16-bit inputs.
 BLOCKS = {
@@ -122,20 +123,21 @@ def forward(
         acc2 *= share[:, None]
     own = live & (alone != 0)  # instead of a branch
     score = tl.sum(
-        load(q_ptr, n, own, q_n, 0, E1, E).to(tl.float32) * load(k_ptr, n, own, k_m, 0, E1, E),
+        load_tile(q_ptr, n, own, q_n, 0, E1, E).to(tl.float32)
+        * load_tile(k_ptr, n, own, k_m, 0, E1, E),
         axis=1,
     )
-    acc1 += load(v_ptr, n, own, v_m, 0, E1, E).to(tl.float32)
+    acc1 += load_tile(v_ptr, n, own, v_m, 0, E1, E).to(tl.float32)
     if E2 > 0:
         score += tl.sum(
-            load(q_ptr, n, own, q_n, E1, E2, E).to(tl.float32)
-            * load(k_ptr, n, own, k_m, E1, E2, E),
+            load_tile(q_ptr, n, own, q_n, E1, E2, E).to(tl.float32)
+            * load_tile(k_ptr, n, own, k_m, E1, E2, E),
             axis=1,
         )
-        acc2 += load(v_ptr, n, own, v_m, E1, E2, E).to(tl.float32)
+        acc2 += load_tile(v_ptr, n, own, v_m, E1, E2, E).to(tl.float32)
     tl.store(lse_ptr + bh * N + n, score * scale, mask=own)
     out_ptr += (b * N * heads + h) * E
-    store(out_ptr, acc1, n, live, heads * E, 0, E1, E)
+    store_tile(out_ptr, acc1, n, live, heads * E, 0, E1, E)
     if E2 > 0:
-        store(out_ptr, acc2, n, live, heads * E, E1, E2, E)
+        store_tile(out_ptr, acc2, n, live, heads * E, E1, E2, E)
     tl.store(lse_ptr + bh * N + n, lse, mask=live & (alone == 0))

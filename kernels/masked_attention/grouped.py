@@ -15,18 +15,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._shared.views import rows_together
+
 Range = tuple[int, int]
 Ranges = tuple[Range, ...]
 
 # Below so many query rows the CPU's flash kernel takes smaller blocks and loses a third of its
 # rate; sums over fewer rows are merged on the keys that they share.
 FULL_RATE_ROWS = 768
-# At most so many tokens of either side go into one call, so that what a call returns, before it is
-# put where it belongs, stays small beside the tensors themselves.
+# At most so many tokens of either side go into one call, and of these so many numbers for each
+# thread, or one head: what a call returns, before it is put where it belongs, stays small beside
+# the tensors themselves and beside the kernel's own scratch.
 MOST_TOKENS = 1024
-# Forward returns at most so many numbers for each thread, or one head: fewer than the kernel's own
-# scratch, a block of 256 x 512 scores, which is free again when they are copied to their place.
-MOST_NUMBERS = 2**17
+MOST_NUMBERS = 2**16
 
 
 class Rectangle(NamedTuple):
@@ -104,7 +105,7 @@ def forward(
     `plans` holds one plan for the whole batch, or one a sample. Returns out (B, N, heads, E) and
     lse (B, heads, N), float32 or, for float64 input, float64.
     """
-    q, k, v = (_heads_together(tensor) for tensor in (q, k, v))
+    q, k, v = (rows_together(tensor) for tensor in (q, k, v))
     if q.numel() and len(plans) == 1 and len(plans[0].rectangles) == 1:
         (whole,) = plans[0].rectangles
         if _size(whole.queries) == q.shape[1] and len(whole.keys) == 1:
@@ -121,15 +122,6 @@ def forward(
 
 
 def _forward_one(out, lse, q, k, v, its_plan, scale):
-    for block in _blocks(its_plan.alone):
-        for (start, end), (samples, heads) in itertools.product(block, _lots(q, _size(block))):
-            here = samples, slice(start, end), heads
-            out[here] = v[here]
-            own = (q[here].to(lse.dtype) * k[here]).sum(-1)
-            lse[samples, heads, start:end] = own.mT * scale
-    for start, end in its_plan.blind:
-        out[:, start:end] = 0
-        lse[:, :, start:end] = -torch.inf
     done: Ranges = ()
     for whole, keys in its_plan.rectangles:
         its_k, its_v = _take(k, keys), _take(v, keys)
@@ -139,15 +131,26 @@ def _forward_one(out, lse, q, k, v, its_plan, scale):
                 lot = samples, slice(None), heads
                 parts = _flash(_take(q[lot], queries), its_k[lot], its_v[lot], scale)
                 _put(out[lot], lse[samples, heads], queries, *parts, joins)
+                del parts  # before the next call makes its own
         done = _merge([*done, *whole])
+    # Last, since the system gives the memory of these rows only when they are written.
+    for block in _blocks(its_plan.alone):
+        for (start, end), (samples, heads) in itertools.product(block, _lots(q, _size(block))):
+            here = samples, slice(start, end), heads
+            out[here] = v[here]
+            own = (q[here].to(lse.dtype) * k[here]).sum(-1)
+            lse[samples, heads, start:end] = own.mT * scale
+    for start, end in its_plan.blind:
+        out[:, start:end] = 0
+        lse[:, :, start:end] = -torch.inf
 
 
 def _lots(q: Tensor, rows: int) -> Iterator[tuple[slice, slice]]:
     """Samples and heads in groups, of which `rows` rows make MOST_NUMBERS a thread."""
-    B, _, heads, E = q.shape
-    together = max(1, MOST_NUMBERS * torch.get_num_threads() // (rows * E))
-    step_b, step_h = max(1, together // heads), min(heads, together)
-    for b in range(0, B, step_b):
+    _, _, heads, E = q.shape
+    together = torch.get_num_threads() * max(1, MOST_NUMBERS // (rows * E))
+    step_b, step_h = -(-together // heads), min(heads, together)
+    for b in range(0, len(q), step_b):
         for h in range(0, heads, step_h):
             yield slice(b, b + step_b), slice(h, h + step_h)
 
@@ -179,7 +182,7 @@ def backward(
     plans: list[Plan], scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of `q`, `k` and `v`; `out` and `lse` are those of `forward`."""
-    dout, q, k, v = (_heads_together(tensor) for tensor in (dout, q, k, v))
+    dout, q, k, v = (rows_together(tensor) for tensor in (dout, q, k, v))
     if q.numel() and len(plans) == 1 and len(plans[0].rectangles) == 1:
         (whole,) = plans[0].rectangles
         if _size(whole.queries) == q.shape[1] and whole.keys == ((0, k.shape[1]),):
@@ -188,20 +191,29 @@ def backward(
     dq, dk, dv = (torch.zeros(t.shape, dtype=lse.dtype, device=t.device) for t in (q, k, v))
     if not dq.numel():
         plans = []  # the kernels divide by the batch and by the heads
+    tensors = dout, q, k, v, out, lse, dq, dk, dv
     for sample, its_plan in zip(_samples(len(plans)), plans, strict=True):
+        its_tensors = [t[sample] for t in tensors]
         for rectangle in its_plan.rectangles:
-            for queries in _blocks(rectangle.queries):
-                its_dout, its_q, its_out = (_take(t[sample], queries) for t in (dout, q, out))
-                its_lse = _take(lse[sample], queries, dim=2)
-                for keys in _blocks(rectangle.keys):
-                    its_k, its_v = _take(k[sample], keys), _take(v[sample], keys)
-                    parts = _flash_backward(its_dout, its_q, its_k, its_v, its_out, its_lse, scale)
-                    _add(dq[sample], queries, parts[0])
-                    _add(dk[sample], keys, parts[1])
-                    _add(dv[sample], keys, parts[2])
+            _backward_one(rectangle, scale, *its_tensors)
         for start, end in its_plan.alone:
             dv[sample, start:end] += dout[sample, start:end]
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
+
+
+def _backward_one(rectangle, scale, dout, q, k, v, out, lse, dq, dk, dv):
+    for queries in _blocks(rectangle.queries):
+        for samples, heads in _lots(q, _size(queries)):
+            lot = samples, slice(None), heads
+            its_dout, its_q, its_out = (_take(t[lot], queries) for t in (dout, q, out))
+            its_lse = _take(lse[samples, heads], queries, dim=2)
+            for keys in _blocks(rectangle.keys):
+                its_k, its_v = _take(k[lot], keys), _take(v[lot], keys)
+                parts = _flash_backward(its_dout, its_q, its_k, its_v, its_out, its_lse, scale)
+                _add(dq[lot], queries, parts[0])
+                _add(dk[lot], keys, parts[1])
+                _add(dv[lot], keys, parts[2])
+                del parts  # before the next call makes its own
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -217,11 +229,6 @@ def _flash_backward(dout, q, k, v, out, lse, scale):
         dout, q, k, v, out, lse, 0.0, False, scale=scale
     )
     return tuple(grad.transpose(1, 2) for grad in grads)
-
-
-def _heads_together(tensor: Tensor) -> Tensor:
-    # PyTorch's kernel takes the last stride for 1 without looking.
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _samples(plans: int) -> list[slice]:

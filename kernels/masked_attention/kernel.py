@@ -18,9 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .._shared import intervals_kernel
+from .._shared.tiles import LN2, LOG2E, load_tile, precision, split, store_tile
 from .._shared.variants import Variant
+from .._shared.views import rows_together
 from . import descriptors
-from .tiles import LN2, LOG2E, Blocks, advance, load, own_tile, span, steps, store
+from .tiles import Blocks, advance, own_tile, span, steps
 
 # By the padded head width, for 16-bit and for 32-bit inputs: the largest found that spill nothing
 # on any of the budgeted architectures. Float32 wider than 64 may. One table serves all
@@ -71,10 +73,10 @@ def _forward(
     q_ptr += b * q_b + h * q_h
     k_ptr += b * k_b + h * k_h
     v_ptr += b * v_b + h * v_h
-    q1 = load(q_ptr, n, live, q_n, 0, E1, E)  # [BLOCK_N, E1]
+    q1 = load_tile(q_ptr, n, live, q_n, 0, E1, E)  # [BLOCK_N, E1]
     acc1 = tl.zeros([BLOCK_N, E1], tl.float32)
     if E2 > 0:
-        q2 = load(q_ptr, n, live, q_n, E1, E2, E)
+        q2 = load_tile(q_ptr, n, live, q_n, E1, E2, E)
         acc2 = tl.zeros([BLOCK_N, E2], tl.float32)
     top = tl.full([BLOCK_N], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
@@ -84,21 +86,21 @@ def _forward(
     for _ in range(steps(spans_ptr, count, M, BLOCK_M)):
         m = at + tl.arange(0, BLOCK_M)
         seen = m < stop
-        k1 = load(k_ptr, m, seen, k_m, 0, E1, E)
+        k1 = load_tile(k_ptr, m, seen, k_m, 0, E1, E)
         scores = tl.dot(q1, k1.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
         if E2 > 0:
-            k2 = load(k_ptr, m, seen, k_m, E1, E2, E)
+            k2 = load_tile(k_ptr, m, seen, k_m, E1, E2, E)
             scores = tl.dot(q2, k2.T, scores, input_precision=PRECISION)
         scores = tl.where(seen[None, :], scores * (scale * LOG2E), -float("inf"))
         new_top = tl.maximum(top, tl.max(scores, axis=1))  # finite: every block has a seen key
         weights = tl.exp2(scores - new_top[:, None])
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(weights, axis=1)
-        v1 = load(v_ptr, m, seen, v_m, 0, E1, E)
+        v1 = load_tile(v_ptr, m, seen, v_m, 0, E1, E)
         weights = weights.to(v1.dtype)
         acc1 = tl.dot(weights, v1, acc1 * shrink[:, None], input_precision=PRECISION)
         if E2 > 0:
-            v2 = load(v_ptr, m, seen, v_m, E1, E2, E)
+            v2 = load_tile(v_ptr, m, seen, v_m, E1, E2, E)
             acc2 = tl.dot(weights, v2, acc2 * shrink[:, None], input_precision=PRECISION)
         top = new_top
         i, at, stop = advance(spans_ptr, i, at, stop, count, M, BLOCK_M)
@@ -109,16 +111,16 @@ def _forward(
     if E2 > 0:
         acc2 *= share[:, None]
     if alone:
-        acc1 = load(v_ptr, n, live, v_m, 0, E1, E).to(tl.float32)
-        own = tl.sum(q1.to(tl.float32) * load(k_ptr, n, live, k_m, 0, E1, E), axis=1)
+        acc1 = load_tile(v_ptr, n, live, v_m, 0, E1, E).to(tl.float32)
+        own = tl.sum(q1.to(tl.float32) * load_tile(k_ptr, n, live, k_m, 0, E1, E), axis=1)
         if E2 > 0:
-            acc2 = load(v_ptr, n, live, v_m, E1, E2, E).to(tl.float32)
-            own += tl.sum(q2.to(tl.float32) * load(k_ptr, n, live, k_m, E1, E2, E), axis=1)
+            acc2 = load_tile(v_ptr, n, live, v_m, E1, E2, E).to(tl.float32)
+            own += tl.sum(q2.to(tl.float32) * load_tile(k_ptr, n, live, k_m, E1, E2, E), axis=1)
         lse = own * scale
     out_ptr += (b * N * heads + h) * E
-    store(out_ptr, acc1, n, live, heads * E, 0, E1, E)
+    store_tile(out_ptr, acc1, n, live, heads * E, 0, E1, E)
     if E2 > 0:
-        store(out_ptr, acc2, n, live, heads * E, E1, E2, E)
+        store_tile(out_ptr, acc2, n, live, heads * E, E1, E2, E)
     tl.store(lse_ptr + bh * N + n, lse, mask=live)
 
 
@@ -142,15 +144,15 @@ def _backward_q(
     k_ptr += b * k_b + h * k_h
     v_ptr += b * v_b + h * v_h
     out_ptr += (b * N * heads + h) * E
-    q1 = load(q_ptr, n, live, q_n, 0, E1, E)  # [BLOCK_N, E1]
-    dout1 = load(dout_ptr, n, live, dout_n, 0, E1, E)
-    out1 = load(out_ptr, n, live, heads * E, 0, E1, E)
+    q1 = load_tile(q_ptr, n, live, q_n, 0, E1, E)  # [BLOCK_N, E1]
+    dout1 = load_tile(dout_ptr, n, live, dout_n, 0, E1, E)
+    out1 = load_tile(out_ptr, n, live, heads * E, 0, E1, E)
     delta = tl.sum(dout1.to(tl.float32) * out1.to(tl.float32), axis=1)
     dq1 = tl.zeros([BLOCK_N, E1], tl.float32)
     if E2 > 0:
-        q2 = load(q_ptr, n, live, q_n, E1, E2, E)
-        dout2 = load(dout_ptr, n, live, dout_n, E1, E2, E)
-        out2 = load(out_ptr, n, live, heads * E, E1, E2, E)
+        q2 = load_tile(q_ptr, n, live, q_n, E1, E2, E)
+        dout2 = load_tile(dout_ptr, n, live, dout_n, E1, E2, E)
+        out2 = load_tile(out_ptr, n, live, heads * E, E1, E2, E)
         delta += tl.sum(dout2.to(tl.float32) * out2.to(tl.float32), axis=1)
         dq2 = tl.zeros([BLOCK_N, E2], tl.float32)
     tl.store(delta_ptr + bh * N + n, delta, mask=live)
@@ -161,13 +163,13 @@ def _backward_q(
     for _ in range(steps(spans_ptr, count, M, BLOCK_M)):
         m = at + tl.arange(0, BLOCK_M)
         seen = m < stop
-        k1 = load(k_ptr, m, seen, k_m, 0, E1, E)
-        v1 = load(v_ptr, m, seen, v_m, 0, E1, E)
+        k1 = load_tile(k_ptr, m, seen, k_m, 0, E1, E)
+        v1 = load_tile(v_ptr, m, seen, v_m, 0, E1, E)
         scores = tl.dot(q1, k1.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
         dweights = tl.dot(dout1, v1.T, input_precision=PRECISION)
         if E2 > 0:
-            k2 = load(k_ptr, m, seen, k_m, E1, E2, E)
-            v2 = load(v_ptr, m, seen, v_m, E1, E2, E)
+            k2 = load_tile(k_ptr, m, seen, k_m, E1, E2, E)
+            v2 = load_tile(v_ptr, m, seen, v_m, E1, E2, E)
             scores = tl.dot(q2, k2.T, scores, input_precision=PRECISION)
             dweights = tl.dot(dout2, v2.T, dweights, input_precision=PRECISION)
         weights = tl.exp2(scores * (scale * LOG2E) - lse[:, None])
@@ -179,9 +181,9 @@ def _backward_q(
         i, at, stop = advance(spans_ptr, i, at, stop, count, M, BLOCK_M)
 
     dq_ptr += (b * N * heads + h) * E
-    store(dq_ptr, dq1 * scale, n, live, heads * E, 0, E1, E)
+    store_tile(dq_ptr, dq1 * scale, n, live, heads * E, 0, E1, E)
     if E2 > 0:
-        store(dq_ptr, dq2 * scale, n, live, heads * E, E1, E2, E)
+        store_tile(dq_ptr, dq2 * scale, n, live, heads * E, E1, E2, E)
 
 
 @triton.jit(do_not_specialize=["frames", "others", "N", "M", "table_b", "spans_b"])
@@ -204,34 +206,34 @@ def _backward_kv(
     q_ptr += b * q_b + h * q_h
     k_ptr += b * k_b + h * k_h
     v_ptr += b * v_b + h * v_h
-    k1 = load(k_ptr, m, live, k_m, 0, E1, E)  # [BLOCK_M, E1]
-    v1 = load(v_ptr, m, live, v_m, 0, E1, E)
+    k1 = load_tile(k_ptr, m, live, k_m, 0, E1, E)  # [BLOCK_M, E1]
+    v1 = load_tile(v_ptr, m, live, v_m, 0, E1, E)
     dk1 = tl.zeros([BLOCK_M, E1], tl.float32)
     dv1 = tl.zeros([BLOCK_M, E1], tl.float32)
     if E2 > 0:
-        k2 = load(k_ptr, m, live, k_m, E1, E2, E)
-        v2 = load(v_ptr, m, live, v_m, E1, E2, E)
+        k2 = load_tile(k_ptr, m, live, k_m, E1, E2, E)
+        v2 = load_tile(v_ptr, m, live, v_m, E1, E2, E)
         dk2 = tl.zeros([BLOCK_M, E2], tl.float32)
         dv2 = tl.zeros([BLOCK_M, E2], tl.float32)
     if alone:  # the token's own output was its v
-        dv1 += load(dout_ptr, m, live, dout_n, 0, E1, E)
+        dv1 += load_tile(dout_ptr, m, live, dout_n, 0, E1, E)
         if E2 > 0:
-            dv2 += load(dout_ptr, m, live, dout_n, E1, E2, E)
+            dv2 += load_tile(dout_ptr, m, live, dout_n, E1, E2, E)
 
     i = 0
     at, stop = span(spans_ptr, i, count, N)
     for _ in range(steps(spans_ptr, count, N, BLOCK_N)):
         n = at + tl.arange(0, BLOCK_N)
         seeing = n < stop
-        q1 = load(q_ptr, n, seeing, q_n, 0, E1, E)
-        dout1 = load(dout_ptr, n, seeing, dout_n, 0, E1, E)
+        q1 = load_tile(q_ptr, n, seeing, q_n, 0, E1, E)
+        dout1 = load_tile(dout_ptr, n, seeing, dout_n, 0, E1, E)
         lse = tl.load(lse_ptr + bh * N + n, mask=seeing, other=0.0) * LOG2E
         delta = tl.load(delta_ptr + bh * N + n, mask=seeing, other=0.0)
         scores = tl.dot(k1, q1.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         dweights = tl.dot(v1, dout1.T, input_precision=PRECISION)
         if E2 > 0:
-            q2 = load(q_ptr, n, seeing, q_n, E1, E2, E)
-            dout2 = load(dout_ptr, n, seeing, dout_n, E1, E2, E)
+            q2 = load_tile(q_ptr, n, seeing, q_n, E1, E2, E)
+            dout2 = load_tile(dout_ptr, n, seeing, dout_n, E1, E2, E)
             scores = tl.dot(k2, q2.T, scores, input_precision=PRECISION)
             dweights = tl.dot(v2, dout2.T, dweights, input_precision=PRECISION)
         weights = tl.exp2(scores * (scale * LOG2E) - lse[None, :])
@@ -247,11 +249,11 @@ def _backward_kv(
 
     dk_ptr += (b * M * heads + h) * E
     dv_ptr += (b * M * heads + h) * E
-    store(dk_ptr, dk1 * scale, m, live, heads * E, 0, E1, E)
-    store(dv_ptr, dv1, m, live, heads * E, 0, E1, E)
+    store_tile(dk_ptr, dk1 * scale, m, live, heads * E, 0, E1, E)
+    store_tile(dv_ptr, dv1, m, live, heads * E, 0, E1, E)
     if E2 > 0:
-        store(dk_ptr, dk2 * scale, m, live, heads * E, E1, E2, E)
-        store(dv_ptr, dv2, m, live, heads * E, E1, E2, E)
+        store_tile(dk_ptr, dk2 * scale, m, live, heads * E, E1, E2, E)
+        store_tile(dv_ptr, dv2, m, live, heads * E, E1, E2, E)
 
 
 def launch_forward(
@@ -267,7 +269,7 @@ def launch_forward(
 
     `by_descriptors` forces the kernel of `descriptors.py`, or the one here; None chooses.
     """
-    q, k, v = _heads_together(q), _heads_together(k), _heads_together(v)
+    q, k, v = rows_together(q), rows_together(k), rows_together(v)
     B, N, heads, E = q.shape
     out = q.new_empty(q.shape)
     lse = q.new_empty((B, heads, N), dtype=torch.float32)
@@ -300,7 +302,7 @@ def launch_backward(
     rows: Tensor, row_spans: Tensor, columns: Tensor, column_spans: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk and dv, contiguous, in the dtype of q."""
-    dout, q, k, v = (_heads_together(tensor) for tensor in (dout, q, k, v))
+    dout, q, k, v = (rows_together(tensor) for tensor in (dout, q, k, v))
     B, N, heads, E = q.shape
     M = k.shape[1]
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
@@ -326,12 +328,6 @@ def launch_backward(
     return dq, dk, dv
 
 
-def split(E: int) -> tuple[int, int]:
-    """The powers of two that cover a head width: 64 is (64, 0), 72 is (64, 16), 96 is (64, 32)."""
-    first = 1 << (E.bit_length() - 1)
-    return first, max(16, triton.next_power_of_2(E - first)) if first < E else 0
-
-
 def _blocks(table: dict[int, dict[int, Blocks]], q: Tensor) -> Blocks:
     return _fitting(table[32 if q.dtype == torch.float32 else 16], sum(split(q.shape[3])))
 
@@ -343,9 +339,7 @@ def _fitting(table: dict[int, Blocks], width: int) -> Blocks:
 
 def _constants(E: int, dtype: torch.dtype) -> dict:
     first, second = split(E)
-    # Plain tf32 is off by 1e-3; three of them reach float32's own rounding. AMD has neither.
-    precision = "ieee" if torch.version.hip or dtype != torch.float32 else "tf32x3"
-    return {"E": E, "E1": first, "E2": second, "PRECISION": precision}
+    return {"E": E, "E1": first, "E2": second, "PRECISION": precision(dtype)}
 
 
 def _grid(table: Tensor, tokens: int, heads: int, blocks: Blocks) -> tuple[int, int]:
@@ -363,10 +357,6 @@ def _strides(tensor: Tensor) -> tuple[int, ...]:
     """Steps along batch, tokens and heads; 0 along an axis of size 1, whose stride is arbitrary."""
     b, n, h, _ = tensor.stride()
     return tuple(s if size > 1 else 0 for s, size in zip((b, n, h), tensor.shape, strict=False))
-
-
-def _heads_together(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _variant(

@@ -161,7 +161,10 @@ def masked_attention(
             )
     scale = E**-0.5 if scale is None else scale
     # A compiled graph must not depend on what the host happens to know.
-    if not (return_lse or torch.compiler.is_compiling()) and _vendor_serves(q, visibility):
+    wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    if not (return_lse or torch.compiler.is_compiling()) and _vendor_serves(
+        q.device.type, wants_gradient, visibility
+    ):
         announce("masked_attention", "SDPA, since nothing is hidden")
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).contiguous()
@@ -170,6 +173,9 @@ def masked_attention(
     return (out, lse) if return_lse else out
 
 
-def _vendor_serves(q: Tensor, visibility: Visibility) -> bool:
-    """Whether PyTorch's own attention takes the call: on a GPU, where nothing is hidden."""
-    return q.is_cuda and visibility.sees_all
+def _vendor_serves(device: str, wants_gradient: bool, visibility: Visibility) -> bool:
+    """Whether PyTorch's own attention takes the call: on a GPU, where nothing is hidden.
+
+    Its backward may differ from run to run, so it serves no call that wants a gradient.
+    """
+    return device == "cuda" and not wants_gradient and visibility.sees_all

@@ -1,7 +1,6 @@
 """What the Triton kernels of `masked_attention` share: the tile of a program and its way through
 the spans that the tile sees."""
 
-import math
 from typing import NamedTuple
 
 import triton
@@ -9,8 +8,6 @@ import triton.language as tl
 
 from .._shared.intervals import FIELDS
 
-LOG2E = tl.constexpr(1 / math.log(2))
-LN2 = tl.constexpr(math.log(2))
 ENTRY = tl.constexpr(FIELDS)
 FRAMES = tl.constexpr(32)  # table entries looked at together
 
@@ -59,7 +56,7 @@ def own_tile(
         before += tl.sum(tiles, axis=0)
     entry_ptr = table_ptr + entry * ENTRY
     count = tl.where(first < end, tl.load(entry_ptr + 2), 0)
-    spans_ptr += b * spans_b + entry.to(tl.int64) * others * 2
+    spans_ptr += b * spans_b + tl.cast(entry, tl.int64) * others * 2
     return bh, b, h, first, end, count, spans_ptr, tl.load(entry_ptr + 3), tl.load(entry_ptr + 4)
 
 
@@ -89,25 +86,3 @@ def advance(spans_ptr, i, at, end, count, tokens, BLOCK: tl.constexpr):
     i += over.to(tl.int32)
     next_at, next_end = span(spans_ptr, i, count, tokens)
     return i, tl.where(over, next_at, at), tl.where(over, next_end, end)
-
-
-@triton.jit
-def load(ptr, n, live, stride_n, FIRST: tl.constexpr, WIDTH: tl.constexpr, E: tl.constexpr):
-    """[tokens, WIDTH] of the columns from FIRST on; 0 for tokens that are not live, and past E."""
-    e = FIRST + tl.arange(0, WIDTH)
-    at = n.to(tl.int64)[:, None] * stride_n + e[None, :]
-    mask = live[:, None]
-    if FIRST + WIDTH > E:
-        mask = mask & (e < E)[None, :]
-    return tl.load(ptr + at, mask=mask, other=0.0)
-
-
-@triton.jit
-def store(ptr, value, n, live, stride_n, FIRST: tl.constexpr, WIDTH: tl.constexpr, E: tl.constexpr):
-    """Write what `load` would read, in the dtype of `ptr`."""
-    e = FIRST + tl.arange(0, WIDTH)
-    at = n.to(tl.int64)[:, None] * stride_n + e[None, :]
-    mask = live[:, None]
-    if FIRST + WIDTH > E:
-        mask = mask & (e < E)[None, :]
-    tl.store(ptr + at, value.to(ptr.dtype.element_ty), mask=mask)

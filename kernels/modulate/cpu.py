@@ -1,141 +1,177 @@
-"""The CPU paths of `norm_modulate`: PyTorch's fused pieces, and the compiled kernel."""
+"""The ops in PyTorch on the CPU: what float16, float64 and a machine without a compiler get.
+
+The tokens that share a row of modulation are a group, (groups, tokens, D) in all. They are taken
+in pieces that stay in the cache through all passes over them. Where a piece lies in one group,
+the modulation is the affine part of PyTorch's LayerNorm, forward and backward: one pass.
+"""
+
+from itertools import repeat
 
 import torch
 from torch import Tensor
 
-from .reference import per_group
+PIECE = 2**19  # numbers that are taken at once
+WORTH_A_CALL = 2**14  # numbers of a group that is taken by itself
+NARROW = (torch.float16, torch.bfloat16)
+layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
 
-# Groups of at least so many tokens go through PyTorch's LayerNorm one by one.
-LONG_GROUP = 16
+
+def add(x: Tensor, h: Tensor, gate: Tensor | None) -> Tensor:
+    """`x + gate * h` in the dtype of x."""
+    total = out = x.new_empty(x.shape)
+    if gate is None:
+        return torch.add(x, h, out=total)
+    rows = gate if gate.dim() == 3 else gate.unsqueeze(1)
+    if rows.shape[1] not in (1, x.shape[1]):
+        groups = rows.shape[1], x.shape[1] // rows.shape[1]
+        x, h, out = (t.unflatten(1, groups) for t in (x, h, total))
+        rows = rows.unsqueeze(2)
+    torch.addcmul(x, rows, h, out=out)
+    return total
 
 
-def forward(x, shift, scale, rms, eps, dtype):
-    """LayerNorm or RMSNorm in float32 (float64 for float64), modulated in place."""
-    if _in_long_groups(x, scale, rms):
-        return _forward_by_group(x, shift, scale, eps, dtype)
-    wide = x.to(_accumulator(x))
-    if rms:
-        mean = wide.new_empty(0)
-        rstd = torch.rsqrt(wide.square().mean(-1) + eps)
-        y = wide * rstd.unsqueeze(-1)
+def add_backward(dsum: Tensor, h: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """dh, dgate."""
+    groups = _Groups(h, gate)
+    dh, dgate = h.new_empty(groups.shape), groups.zeros()
+    inputs = groups.tokens(dsum), groups.tokens(h), groups.modulation(gate, gate.dtype)
+    for dsum_, h_, gate_, dh_, dgate_ in groups.pieces(False, *inputs, dh, dgate):
+        torch.mul(dsum_, gate_, out=dh_)
+        dgate_ += (dsum_.to(dgate.dtype) * h_).sum(1, keepdim=True)
+    return dh.view(h.shape), groups.summed(dgate, gate)
+
+
+def forward(x, h, gate, shift, scale, rms, eps, dtype):
+    """The sum (None without h), y, mean, rstd. Float32 inside, for float64 float64."""
+    total = None
+    if h is not None:
+        x = total = add(x, h, gate)
+    groups = _Groups(x, scale)
+    tokens, D = groups.tokens(x), x.shape[-1:]
+    gain, offset = 1 + groups.modulation(scale), groups.modulation(shift)
+    y = x.new_empty(groups.shape, dtype=dtype)
+    mean, rstd = (gain.new_empty((*groups.shape[:2], 1)) for _ in range(2))
+    by_itself = not rms and x.dtype in (gain.dtype, dtype)
+    for x_, gain_, offset_, y_, mean_, rstd_ in groups.pieces(
+        by_itself, tokens, gain, offset, y, mean, rstd
+    ):
+        if rms:
+            wide = x_.to(gain.dtype)
+            torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps, out=rstd_)
+            found = torch.addcmul(offset_, wide * rstd_, gain_)
+        elif len(x_) == 1 and by_itself:
+            found, *stats = torch.native_layer_norm(x_, D, gain_.view(D), offset_.view(D), eps)
+        else:
+            normed, *stats = torch.native_layer_norm(x_.to(gain.dtype), D, None, None, eps)
+            found = torch.addcmul(offset_, normed, gain_)
+        y_.copy_(found)
+        if not rms:
+            mean_.copy_(stats[0])
+            rstd_.copy_(stats[1])
+    rows = x.shape[:2]
+    mean = mean.new_empty(0) if rms else mean.view(rows)
+    return total, y.view(x.shape), mean, rstd.view(rows)
+
+
+def backward(dsum, dy, total, h, gate, scale, mean, rstd, rms):
+    """dx, dh, dgate, dshift, dscale; dh and dgate are empty without a gate."""
+    groups = _Groups(total, scale)
+    gain = 1 + groups.modulation(scale)
+    dx, dshift, dscale = total.new_empty(groups.shape), groups.zeros(), groups.zeros()
+    dh = rows = dgate = None
+    if gate is not None:
+        dh, dgate = h.new_empty(groups.shape), groups.zeros()
+        rows = groups.modulation(gate, gate.dtype)
+    dsum, dy, h = (t if t is None else groups.tokens(t) for t in (dsum, dy, h))
+    mean, rstd = (t.reshape(*groups.shape[:2], 1) if t.numel() else None for t in (mean, rstd))
+    tokens = dsum, dy, groups.tokens(total), h, mean, rstd, dx, dh
+    by_itself = not rms and total.dtype in NARROW
+    for (
+        dsum_, dy_, total_, h_, mean_, rstd_, dx_, dh_, gain_, rows_, dshift_, dscale_, dgate_
+    ) in groups.pieces(by_itself, *tokens, gain, rows, dshift, dscale, dgate):  # fmt: skip
+        found, by_shift, by_scale = _through_norm(dy_, total_, gain_, mean_, rstd_)
+        dshift_ += by_shift
+        dscale_ += by_scale
+        if dsum is not None:
+            found += dsum_
+        dx_.copy_(found)
+        if gate is not None:
+            torch.mul(found, rows_, out=dh_)
+            dgate_ += found.mul_(h_).sum(1, keepdim=True)
+    if dh is None or dgate is None:
+        dh, dgate = total.new_empty(0), total.new_empty(0)
     else:
-        y, mean, rstd = torch.native_layer_norm(wide, x.shape[-1:], None, None, eps)
-        mean, rstd = mean.squeeze(-1), rstd.squeeze(-1)
-    grouped = _by_group(y, scale)
-    torch.addcmul(_rows(shift, y), grouped, 1 + _rows(scale, y), out=grouped)
-    return y.to(dtype).contiguous(), mean, rstd
+        dh, dgate = dh.view(total.shape), groups.summed(dgate, gate)
+    dshift, dscale = groups.summed(dshift, scale), groups.summed(dscale, scale)
+    return dx.view(total.shape), dh, dgate, dshift, dscale
 
 
-def backward(dy, x, scale, mean, rstd, rms):
-    """dx, dshift, dscale."""
-    if _in_long_groups(x, scale, rms):
-        return _backward_by_group(dy, x, scale, mean, rstd)
-    wide = x.to(_accumulator(x))
-    dy = dy.to(wide.dtype)
-    mean, rstd = mean.unsqueeze(-1), rstd.unsqueeze(-1)
-    dnormed = (_by_group(dy, scale) * (1 + _rows(scale, dy))).flatten(1, 2)
-    normed = wide * rstd if rms else (wide - mean).mul_(rstd)
-    if rms:
-        dx = torch.addcmul(dnormed, normed, (dnormed * normed).mean(-1, keepdim=True), value=-1)
-        dx *= rstd
+def _through_norm(dy, x, gain, mean, rstd):
+    """dx, dshift, dscale of a piece, wide; without a mean, of RMSNorm."""
+    D, alone, narrow = x.shape[-1:], len(x) == 1, x.dtype in NARROW
+    x, dy = x.to(gain.dtype), dy.to(gain.dtype)
+    if mean is not None and alone and narrow:
+        weight = gain.view(D)
+        dx, dscale, dshift = layer_norm_backward(dy, x, D, mean, rstd, weight, weight, [True] * 3)
+        return dx, dshift, dscale
+    # LayerNorm adds one row after the other: too coarse beside float32 tokens, `sum` is not.
+    if mean is None:
+        normed, g = x * rstd, dy * gain
+        along = (g * normed).mean(-1, keepdim=True)
+        dx = torch.addcmul(g, normed, along, value=-1).mul_(rstd)
     else:
-        dx, _, _ = torch.ops.aten.native_layer_norm_backward(
-            dnormed, wide, x.shape[-1:], mean, rstd, None, None, [True, False, False]
-        )
-    dshift, dscale = per_group(dy, scale), per_group(normed.mul_(dy), scale)
-    return dx.to(x.dtype).contiguous(), dshift.to(scale.dtype), dscale.to(scale.dtype)
+        normed = (x - mean).mul_(rstd)
+        g, weight = (dy, gain.view(D)) if alone else (dy * gain, None)
+        dx, _, _ = layer_norm_backward(g, x, D, mean, rstd, weight, None, [True, False, False])
+    return dx, dy.sum(1, keepdim=True), normed.mul_(dy).sum(1, keepdim=True)
 
 
-def _in_long_groups(x: Tensor, scale: Tensor, rms: bool) -> bool:
-    """Where a wide copy of the whole of x would cost more than a call per group."""
-    narrow = x.dtype in (torch.bfloat16, torch.float16)
-    return narrow and not rms and x.shape[1] >= LONG_GROUP * max(_groups(scale), 1)
+class _Groups:
+    """How (B, N, D) tokens fall into groups of one row of modulation."""
 
+    def __init__(self, x: Tensor, modulation: Tensor):
+        self.batch, N, D = x.shape
+        self.per_sample = modulation.shape[1] if modulation.dim() == 3 else 1
+        self.shape = (self.batch * self.per_sample, N // max(self.per_sample, 1), D)
+        self.wide = torch.float64 if x.dtype == torch.float64 else torch.float32
 
-def _forward_by_group(x, shift, scale, eps, dtype):
-    """Modulation is the affine part of LayerNorm: float32 beside a narrow x, and rounded once."""
-    y = x.new_empty(x.shape, dtype=dtype)
-    mean, rstd = x.new_empty((2, *x.shape[:2]), dtype=torch.float32)
-    gain, offset = _rows(1 + scale.float(), mean), _rows(shift, mean)
-    for b, g, rows in _each_group(x, scale, most=x.shape[1]):
-        affine = gain[b % len(gain), g, 0].contiguous(), offset[b % len(offset), g, 0].contiguous()
-        y[b, rows], m, r = torch.native_layer_norm(x[b, rows], x.shape[-1:], *affine, eps)
-        mean[b, rows], rstd[b, rows] = m.squeeze(-1), r.squeeze(-1)
-    return y, mean, rstd
+    def tokens(self, rows: Tensor) -> Tensor:
+        """(B, N, D) as (groups, tokens, D)."""
+        return rows.reshape(self.shape)
 
+    def modulation(self, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """(B|1, D) or (B|1, T, D) as (groups, 1, D), wide unless a dtype is given."""
+        groups, _, D = self.shape
+        rows = rows.to(dtype or self.wide).reshape(len(rows), self.per_sample, D)
+        return rows.expand(self.batch, -1, -1).reshape(groups, 1, D)
 
-def _backward_by_group(dy, x, scale, mean, rstd):
-    """As `backward`, on wide copies of so few tokens that they stay in the cache."""
-    dx = x.new_empty(x.shape)
-    gain = _rows(1 + scale.float(), mean)
-    dshift, dscale = gain.new_zeros((2, *gain.shape))
-    for b, g, rows in _each_group(x, scale, most=128):
-        own, stats = b % len(gain), (mean[b, rows, None], rstd[b, rows, None])
-        wide, upstream = x[b, rows].float(), dy[b, rows].float()
-        dx[b, rows], _, _ = torch.ops.aten.native_layer_norm_backward(
-            upstream * gain[own, g], wide, x.shape[-1:], *stats, None, None, [True, False, False]
-        )
-        dshift[own, g, 0] += upstream.sum(0)
-        dscale[own, g, 0] += wide.sub_(stats[0]).mul_(stats[1]).mul_(upstream).sum(0)
-    return dx, dshift.to(scale.dtype).view(scale.shape), dscale.to(scale.dtype).view(scale.shape)
+    def zeros(self) -> Tensor:
+        """Wide sums for a row per group."""
+        return torch.zeros(self.shape[0], 1, self.shape[2], dtype=self.wide)
 
+    def summed(self, rows: Tensor, like: Tensor) -> Tensor:
+        """The transpose of `modulation`: in the shape and dtype of `like`."""
+        if len(like) != self.batch:
+            rows = rows.view(self.batch, self.per_sample, self.shape[2]).sum(0)
+        return rows.reshape(like.shape).to(like.dtype)
 
-def _each_group(x: Tensor, modulation: Tensor, most: int):
-    """Sample, group and a slice of at most `most` of its tokens."""
-    tokens = x.shape[1] // _groups(modulation)
-    for b in range(x.shape[0]):
-        for g in range(_groups(modulation)):
-            for start in range(0, tokens, most):
-                first = g * tokens + start
-                yield b, g, slice(first, first + min(most, tokens - start))
+    def pieces(self, by_itself: bool, *tensors: Tensor | None):
+        """Tuples of views: of several whole groups, or of a part of one.
 
-
-def _groups(modulation: Tensor) -> int:
-    return modulation.shape[1] if modulation.dim() == 3 else 1
-
-
-def _accumulator(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _by_group(rows: Tensor, modulation: Tensor) -> Tensor:
-    """(B, N, D) viewed as (B, groups, tokens, D)."""
-    groups = _groups(modulation)
-    return rows.unflatten(1, (groups, rows.shape[1] // max(groups, 1)))
-
-
-def _rows(modulation: Tensor, like: Tensor) -> Tensor:
-    """(B|1, D) or (B|1, groups, D) viewed as (B|1, groups, 1, D), in the dtype of `like`."""
-    groups = modulation if modulation.dim() == 3 else modulation.unsqueeze(1)
-    return groups.unsqueeze(2).to(like.dtype)
-
-
-def compiled_serves(*dtypes: torch.dtype) -> bool:
-    """Whether the C++ kernel knows these dtypes."""
-    return all(dtype in (torch.float32, torch.bfloat16) for dtype in dtypes)
-
-
-def compiled_forward(x, shift, scale, rms, eps, dtype):
-    """The C++ kernel."""
-    x, shift, scale = _rows_together(x), _rows_together(shift), _rows_together(scale)
-    y = x.new_empty(x.shape, dtype=dtype)
-    rstd = x.new_empty(x.shape[:2], dtype=torch.float32)
-    mean = rstd.new_empty(0) if rms else torch.empty_like(rstd)
-    if y.numel():
-        torch.ops.fastvid_cpp.norm_modulate(x, shift, scale, rms, eps, y, mean, rstd)
-    return y, mean, rstd
-
-
-def compiled_backward(dy, x, scale, mean, rstd, rms):
-    """The C++ kernel."""
-    dy, x, scale = _rows_together(dy), _rows_together(x), _rows_together(scale)
-    dx = x.new_empty(x.shape)
-    if not dx.numel():
-        return dx, scale.new_zeros(scale.shape), scale.new_zeros(scale.shape)
-    dshift, dscale = scale.new_empty(scale.shape), scale.new_empty(scale.shape)
-    torch.ops.fastvid_cpp.norm_modulate_backward(dy, x, scale, mean, rstd, rms, dx, dshift, dscale)
-    return dx, dshift, dscale
-
-
-def _rows_together(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+        Args:
+            by_itself: no piece holds several groups if they are worth a call each.
+            tensors: (groups, tokens, ...) or (groups, 1, ...); None stays None.
+        """
+        groups, tokens, D = self.shape
+        if groups == 0 or tokens == 0:
+            return
+        rows = max(PIECE // max(D, 1), 1)
+        single = by_itself and tokens * D >= WORTH_A_CALL
+        step = 1 if single else max(rows // tokens, 1)
+        split = (repeat(None) if t is None else t.split(step) for t in tensors)
+        for parts in zip(*split, strict=False):
+            if tokens <= rows:
+                yield parts
+                continue
+            split = (repeat(t) if t is None or t.shape[1] == 1 else t.split(rows, 1) for t in parts)
+            yield from zip(*split, strict=False)

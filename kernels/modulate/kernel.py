@@ -12,6 +12,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .._shared.variants import Variant
+from . import residual
+from .groups import (
+    SUM_PARTIALS,
+    block_d_of,
+    chunks_of,
+    rows_together,
+    split,
+    strides,
+    sum_chunks,
+)
 
 # (BLOCK_N, warps) by BLOCK_D: 32 numbers of x per thread forward, 16 of x and of dy backward.
 # The warps lie along D, so that sums over tokens stay inside a thread.
@@ -20,9 +30,6 @@ FORWARD = {512: (4, 2), 1024: (4, 4), 2048: (4, 8), 4096: (2, 8), 8192: (1, 8)}
 BACKWARD = {512: (2, 2), 1024: (2, 4), 2048: (2, 8), 4096: (1, 8), 8192: (1, 16)}
 # One modulation per token leaves one row to a program.
 PER_TOKEN = {512: (1, 1), 1024: (1, 2), 2048: (1, 4), 4096: (1, 8), 8192: (1, 16)}
-# Backward: enough programs to fill a large GPU, but no chunk so short that its partial sums
-# (two fp32 rows) weigh against the rows it reads.
-PROGRAMS, SHORTEST_CHUNK = 1024, 8
 
 
 @triton.jit(do_not_specialize=["groups", "rows"])
@@ -100,46 +107,22 @@ def _backward(
     tl.store(dscale_ptr + partial, dscale.to(dscale_ptr.dtype.element_ty), mask=live_d)
 
 
-@triton.jit(do_not_specialize=["terms", "chunks", "groups"])
-def _sum_partials(
-    shift_parts_ptr, scale_parts_ptr, dshift_ptr, dscale_ptr, terms, chunks, groups,
-    D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Add `terms` rows per group: its chunks, and those of every sample that shares it."""
-    group = tl.program_id(0).to(tl.int64)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    live_d = d < D
-    dshift = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-    dscale = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-    for start in range(0, terms, BLOCK_R):
-        term = start + tl.arange(0, BLOCK_R)
-        row = (term // chunks * groups + group) * chunks + term % chunks
-        at = row[:, None] * D + d[None, :]  # [BLOCK_R, BLOCK_D]
-        live = (term < terms)[:, None] & live_d[None, :]
-        dshift += tl.load(shift_parts_ptr + at, mask=live, other=0.0)
-        dscale += tl.load(scale_parts_ptr + at, mask=live, other=0.0)
-    at = group * D + d
-    dshift, dscale = tl.sum(dshift, axis=0), tl.sum(dscale, axis=0)
-    tl.store(dshift_ptr + at, dshift.to(dshift_ptr.dtype.element_ty), mask=live_d)
-    tl.store(dscale_ptr + at, dscale.to(dscale_ptr.dtype.element_ty), mask=live_d)
-
-
 def launch_forward(
     x: Tensor, shift: Tensor, scale: Tensor, rms: bool, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y (B, N, D) in `dtype`, mean (B, N) (empty for RMSNorm) and rstd (B, N) in float32."""
     B, N, D = x.shape
-    x, shift, scale = _rows_together(x), _rows_together(shift), _rows_together(scale)
+    x, shift, scale = rows_together(x), rows_together(shift), rows_together(scale)
     y = x.new_empty(x.shape, dtype=dtype)
     mean = x.new_empty((0,) if rms else (B, N), dtype=torch.float32)
     rstd = x.new_empty((B, N), dtype=torch.float32)
     if y.numel() == 0:
         return y, mean, rstd
-    groups, rows, block_d = _split(N, D, scale)
+    groups, rows, block_d = split(N, D, scale)
     block_n, warps = (FORWARD if rows > 1 else PER_TOKEN)[block_d]
     _forward[(B * groups * triton.cdiv(rows, block_n),)](
         x, shift, scale, y, mean, rstd, groups, rows,
-        *_strides(x), *_strides(shift), *_strides(scale), eps,
+        *strides(x), *strides(shift), *strides(scale), eps,
         D=D, RMS=rms, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=warps,
     )  # fmt: skip
     return y, mean, rstd
@@ -150,15 +133,13 @@ def launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (B, N, D) in the dtype of x; dshift and dscale in the shape and dtype of scale."""
     B, N, D = x.shape
-    dy, x, rows_of_scale = _rows_together(dy), _rows_together(x), _rows_together(scale)
+    dy, x, rows_of_scale = rows_together(dy), rows_together(x), rows_together(scale)
     dx = x.new_empty(x.shape)
     if dx.numel() == 0:
         return dx, scale.new_zeros(scale.shape), scale.new_zeros(scale.shape)
-    groups, rows, block_d = _split(N, D, scale)
+    groups, rows, block_d = split(N, D, scale)
     block_n, warps = (BACKWARD if rows > 1 else PER_TOKEN)[block_d]
-    chunks = min(triton.cdiv(PROGRAMS, B * groups), triton.cdiv(rows, SHORTEST_CHUNK))
-    chunk = triton.cdiv(rows, chunks)
-    chunks = triton.cdiv(rows, chunk)
+    chunk, chunks = chunks_of(B * groups, rows)
     shared = scale.shape[0] < B  # one modulation for the whole batch
     dshift, dscale = scale.new_empty(scale.shape), scale.new_empty(scale.shape)
     shift_parts, scale_parts = dshift, dscale
@@ -167,44 +148,17 @@ def launch_backward(
         shift_parts, scale_parts = (x.new_empty(size, dtype=torch.float32) for _ in range(2))
     _backward[(B * groups * chunks,)](
         dy, x, rows_of_scale, mean, rstd, dx, shift_parts, scale_parts, groups, rows, chunk,
-        *_strides(dy), *_strides(x), *_strides(rows_of_scale),
+        *strides(dy), *strides(x), *strides(rows_of_scale),
         D=D, RMS=rms, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=warps,
     )  # fmt: skip
     if chunks > 1 or shared:
-        samples = B if shared else 1
-        _sum_partials[(B * groups // samples, triton.cdiv(D, 32))](
-            shift_parts, scale_parts, dshift, dscale, samples * chunks, chunks, groups,
-            D=D, BLOCK_R=32, BLOCK_D=32, num_warps=4,
-        )  # fmt: skip
+        sum_chunks(shift_parts, scale_parts, dshift, dscale, B, groups, chunks)
     return dx, dshift, dscale
-
-
-def _rows_together(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _split(N: int, D: int, modulation: Tensor) -> tuple[int, int, int]:
-    """Groups per sample, tokens per group, BLOCK_D."""
-    groups = modulation.shape[1] if modulation.dim() == 3 else 1
-    return groups, N // groups, _block_d(D)
-
-
-def _block_d(D: int) -> int:
-    return max(512, triton.next_power_of_2(D))
-
-
-def _strides(tensor: Tensor) -> tuple[int, int]:
-    """Steps along the batch and along tokens or groups; 0 where the size is 1.
-
-    The stride of a size-1 axis is arbitrary, and Triton would compile anew for a 1.
-    """
-    middle = tensor.stride(1) if tensor.dim() == 3 and tensor.shape[1] > 1 else 0
-    return tensor.stride(0) if tensor.shape[0] > 1 else 0, middle
 
 
 def _variant(name, kernel, table, D, x="bf16", rms=False):
     """A bf16 call of width D; `x="fp32"` is the residual stream under autocast."""
-    block_d = _block_d(D)
+    block_d = block_d_of(D)
     block_n, warps = table[block_d]
     pointers = {"x_ptr": x, "dx_ptr": x}
     pointers |= dict.fromkeys(("y_ptr", "dy_ptr", "shift_ptr", "scale_ptr"), "bf16")
@@ -218,20 +172,13 @@ def _variant(name, kernel, table, D, x="bf16", rms=False):
     return Variant(name, kernel, types, constants, warps)
 
 
-# The widths of VDT-S, MarDini, VDT-L and Pyramid Flow.
+# The widths of VDT-S, MarDini and VDT-L.
 VARIANTS = [
-    *(_variant(f"forward_{D}", _forward, FORWARD, D) for D in (384, 1024, 1152, 1920)),
-    *(_variant(f"backward_{D}", _backward, BACKWARD, D) for D in (384, 1024, 1152, 1920)),
+    *(_variant(f"forward_{D}", _forward, FORWARD, D) for D in (384, 1024, 1152)),
+    *(_variant(f"backward_{D}", _backward, BACKWARD, D) for D in (384, 1024, 1152)),
     _variant("forward_autocast_1152", _forward, FORWARD, 1152, x="fp32"),
     _variant("backward_autocast_1152", _backward, BACKWARD, 1152, x="fp32"),
     _variant("forward_token_rms_1152", _forward, PER_TOKEN, 1152, rms=True),
-    Variant(
-        "sum_partials_1152",
-        _sum_partials,
-        dict.fromkeys(("shift_parts_ptr", "scale_parts_ptr"), "*fp32:16")
-        | dict.fromkeys(("dshift_ptr", "dscale_ptr"), "*bf16:16")
-        | dict.fromkeys(("terms", "chunks", "groups"), "i32"),
-        {"D": 1152, "BLOCK_R": 32, "BLOCK_D": 32},
-        num_warps=4,
-    ),
+    *residual.VARIANTS,
+    SUM_PARTIALS,
 ]

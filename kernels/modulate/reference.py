@@ -1,4 +1,4 @@
-"""What `norm_modulate` means: plain PyTorch on any device, best run in float64."""
+"""What the ops mean: plain PyTorch on any device, best run in float64."""
 
 import torch
 from torch import Tensor
@@ -22,6 +22,52 @@ def norm_modulate_backward(
     if not rms:
         dx = dx - g.mean(-1, keepdim=True)
     return dx * rstd, per_group(dy, scale), per_group(dy * normed, scale)
+
+
+def gated_residual(x: Tensor, h: Tensor, gate: Tensor | None) -> Tensor:
+    """`x + gate * h`; without a gate `x + h`."""
+    return x + (h if gate is None else per_token(gate, x) * h)
+
+
+def gated_residual_backward(
+    dsum: Tensor, h: Tensor, gate: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of h and gate; that of x is `dsum` itself."""
+    if gate is None:
+        return dsum, None
+    return per_token(gate, h) * dsum, per_group(dsum * h, gate)
+
+
+def gated_residual_norm_modulate(
+    x: Tensor,
+    h: Tensor,
+    gate: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    *,
+    rms: bool = False,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """The sum `x + gate * h`, and the sum normalised and modulated."""
+    total = gated_residual(x, h, gate)
+    return total, norm_modulate(total, shift, scale, rms=rms, eps=eps)
+
+
+def gated_residual_norm_modulate_backward(
+    dsum: Tensor,
+    dy: Tensor,
+    total: Tensor,
+    h: Tensor,
+    gate: Tensor | None,
+    scale: Tensor,
+    *,
+    rms: bool = False,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    """Gradients of x, h, gate, shift and scale; `total` is the sum that forward returned."""
+    through_norm, dshift, dscale = norm_modulate_backward(dy, total, scale, rms=rms, eps=eps)
+    dx = dsum + through_norm
+    return dx, *gated_residual_backward(dx, h, gate), dshift, dscale
 
 
 def _normalize(x: Tensor, rms: bool, eps: float) -> tuple[Tensor, Tensor]:

@@ -113,7 +113,14 @@ def _noising_gradient(ctx, dnoisy, dtarget):
     wide = torch.promote_types(dnoisy.dtype, torch.float32)
     alpha, sigma, known, known_alpha, known_sigma = ctx.saved_tensors
     dx0, dnoise = reference.noising_backward(
-        dnoisy.to(wide), dtarget.to(wide), alpha, sigma, known, known_alpha, known_sigma, target
+        dnoisy.to(wide),
+        dtarget.to(wide),
+        alpha,
+        sigma,
+        known,
+        known_alpha,
+        known_sigma,
+        target=target,
     )
     given = None if ctx.noise_dtype is None else dnoise.to(ctx.noise_dtype)
     return dx0.to(dnoisy.dtype), None, None, given, *(None,) * 6

@@ -7,6 +7,8 @@ data, nothing is padded, and the backward needs no partial sums. E is split into
 (72 = 64 + 8 of 16), so that 72 and 80 are not padded to 128.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -45,17 +47,17 @@ def _visible(T, known_ptr, known_row, known_t, back, forward, ROWS: tl.constexpr
 
 
 @triton.jit
-def _load(ptr, at, live, E: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr):
-    e = FIRST + tl.arange(0, WIDTH)
+def _load(ptr, at, live, E: tl.constexpr, first, WIDTH: tl.constexpr):
+    e = first + tl.arange(0, WIDTH)
     return tl.load(ptr + at[:, None] + e[None, :], mask=live[:, None] & (e < E)[None, :], other=0.0)
 
 
 @triton.jit
-def _turn(x, cos_ptr, sin_ptr, t, sign, E: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr):
+def _turn(x, cos_ptr, sin_ptr, t, sign, E: tl.constexpr, first, WIDTH: tl.constexpr):
     """Rotate the pairs of x [ROWS, WIDTH] by the angles of frame t; sign -1 turns back."""
     if cos_ptr is not None:
         ROWS: tl.constexpr = x.shape[0]
-        pair = FIRST // 2 + tl.arange(0, WIDTH // 2)
+        pair = first // 2 + tl.arange(0, WIDTH // 2)
         at, real = t[:, None] * (E // 2) + pair[None, :], (pair < E // 2)[None, :]
         cos = tl.load(cos_ptr + at, mask=real, other=0.0).to(tl.float32)
         sin = tl.load(sin_ptr + at, mask=real, other=0.0).to(tl.float32) * sign
@@ -79,8 +81,8 @@ def _probabilities(scores, visible, scale):
 
 
 @triton.jit
-def _store(ptr, x, at, live, E: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr):
-    e = FIRST + tl.arange(0, WIDTH)
+def _store(ptr, x, at, live, E: tl.constexpr, first, WIDTH: tl.constexpr):
+    e = first + tl.arange(0, WIDTH)
     where = ptr + at[:, None] + e[None, :]
     tl.store(where, x.to(ptr.dtype.element_ty), mask=live[:, None] & (e < E)[None, :])
 
@@ -170,12 +172,52 @@ def _backward(
         _store(dk_ptr, dk, at, live, E, WIDE, REST)
 
 
+@triton.jit(do_not_specialize=[*_SIZES, *_DOUT, *_Q, *_K, *_V, "scale"])
+def _backward_in_steps(
+    dout_ptr, q_ptr, k_ptr, v_ptr, known_ptr, cos_ptr, sin_ptr, dq_ptr, dk_ptr, dv_ptr,
+    T, N, heads, dout_b, dout_t, dout_n, dout_h,
+    q_b, q_t, q_n, q_h, k_b, k_t, k_n, k_h, v_b, v_t, v_n, v_h,
+    known_b, known_t, scale, back, forward,
+    E: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """`_backward` with STEP columns of E at a time, read twice, for what registers cannot hold."""
+    b, h, n, t, live = _tile(T, N, heads, ROWS)
+    dout_at = (b * dout_b + h * dout_h + n * dout_n + t * dout_t.to(tl.int64)) * UNIT
+    q_at = (b * q_b + h * q_h + n * q_n + t * q_t.to(tl.int64)) * UNIT
+    k_at = (b * k_b + h * k_h + n * k_n + t * k_t.to(tl.int64)) * UNIT
+    v_at = (b * v_b + h * v_h + n * v_n + t * v_t.to(tl.int64)) * UNIT
+    scores = tl.zeros([ROWS, ROWS], tl.float32)
+    dp = tl.zeros([ROWS, ROWS], tl.float32)
+    for e in tl.range(0, E, STEP, num_stages=1):
+        q = _turn(_load(q_ptr, q_at, live, E, e, STEP), cos_ptr, sin_ptr, t, 1, E, e, STEP)
+        k = _turn(_load(k_ptr, k_at, live, E, e, STEP), cos_ptr, sin_ptr, t, 1, E, e, STEP)
+        scores += _dot(q, tl.trans(k))
+        v = _load(v_ptr, v_at, live, E, e, STEP)
+        dp += _dot(_load(dout_ptr, dout_at, live, E, e, STEP), tl.trans(v))
+    visible = _visible(T, known_ptr, b * known_b, known_t, back, forward, ROWS)
+    p = _probabilities(scores, visible, scale)
+    delta = tl.sum(p * dp, axis=1)
+    ds = (p * (dp - delta[:, None]) * scale).to(q_ptr.dtype.element_ty)
+    p_turned, ds_turned = tl.trans(p.to(q_ptr.dtype.element_ty)), tl.trans(ds)
+
+    at = (((b * T + t) * N + n) * heads + h) * E
+    for e in tl.range(0, E, STEP, num_stages=1):
+        dout = _load(dout_ptr, dout_at, live, E, e, STEP)
+        _store(dv_ptr, _dot(p_turned, dout), at, live, E, e, STEP)
+        k = _turn(_load(k_ptr, k_at, live, E, e, STEP), cos_ptr, sin_ptr, t, 1, E, e, STEP)
+        dq = _turn(_dot(ds, k), cos_ptr, sin_ptr, t, -1, E, e, STEP)
+        _store(dq_ptr, dq, at, live, E, e, STEP)
+        q = _turn(_load(q_ptr, q_at, live, E, e, STEP), cos_ptr, sin_ptr, t, 1, E, e, STEP)
+        dk = _turn(_dot(ds_turned, q), cos_ptr, sin_ptr, t, -1, E, e, STEP)
+        _store(dk_ptr, dk, at, live, E, e, STEP)
+
+
 def launch_forward(q, k, v, known, cos, sin, scale, back, forward) -> Tensor:
     """out (B, T, N, heads, E)."""
     out = q.new_empty(q.shape)
     if out.numel():
         rule = _rule(known, scale, back, forward)
-        _launch(_forward, (q, k, v), (_bytes(known), _table(cos), _table(sin), out), rule)
+        _launch(False, (q, k, v), (_bytes(known), _table(cos), _table(sin), out), rule)
     return out
 
 
@@ -185,21 +227,31 @@ def launch_backward(dout, q, k, v, known, cos, sin, scale, back, forward) -> tup
     if q.numel():
         rule = _rule(known, scale, back, forward)
         others = _bytes(known), _table(cos), _table(sin), *grads
-        _launch(_backward, (dout, q, k, v), others, rule)
+        _launch(True, (dout, q, k, v), others, rule)
     return grads
 
 
-def _launch(kernel, strided, others, rule):
+def _launch(backward, strided, others, rule):
     strided = [_rows_together(tensor) for tensor in strided]
     B, T, N, heads, E = strided[0].shape
     steps = [0 if size == 1 else x.stride(i) for x in strided for i, size in enumerate(x.shape[:4])]
     unit = 1 if any(step % 8 for step in steps) else 8  # 8 numbers can be one load
-    wide, rest = _split(E)
+    narrow, rotary = strided[0].itemsize == 2, others[1] is not None
+    kernel, constants, warps = _configuration(backward, E, narrow, rotary)
     kernel[(B * triton.cdiv(N, ROWS // T) * heads,)](
         *strided, *others, T, N, heads, *(step // unit for step in steps), *rule,
-        E=E, UNIT=unit, ROWS=ROWS, WIDE=wide, REST=rest,
-        num_warps=_warps(E, strided[0].itemsize == 2, others[1] is not None),
+        UNIT=unit, **constants, num_warps=warps,
     )  # fmt: skip
+
+
+def _configuration(backward: bool, E: int, narrow: bool, rotary: bool) -> tuple[Any, dict, int]:
+    """Kernel, constants and warps: whatever keeps all in registers on sm_80 and later."""
+    constants = {"E": E, "ROWS": ROWS}
+    if backward and (rotary or not narrow):  # three tf32 products have six operands
+        return _backward_in_steps, constants | {"STEP": 32 if narrow and E % 32 == 0 else 16}, 8
+    wide, rest = _split(E)
+    warps = (4 if E <= 80 and not rotary else 8) if narrow else 16
+    return (_backward if backward else _forward), constants | {"WIDE": wide, "REST": rest}, warps
 
 
 def _rule(known: Tensor | None, scale: float, back: int, forward: int) -> tuple:
@@ -226,30 +278,25 @@ def _split(E: int) -> tuple[int, int]:
     return wide, 0 if wide >= E else max(16, triton.next_power_of_2(E - wide))
 
 
-def _warps(E: int, narrow: bool, rotary: bool) -> int:
-    """As many as keep the registers from spilling on sm_80."""
-    return 4 if E <= 80 and narrow and not rotary else 8
-
-
-def _variant(name, kernel, E, dtype="bf16", known=False, rotary=False):
+def _variant(name, backward, E, dtype="bf16", known=False, rotary=False):
     """A call on views whose strides are multiples of 8."""
-    wide, rest = _split(E)
+    kernel, constants, warps = _configuration(backward, E, dtype != "fp32", rotary)
     tensors = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "dout_ptr", "dq_ptr", "dk_ptr", "dv_ptr")
     types = dict.fromkeys(tensors, f"*{dtype}:16") | dict.fromkeys([*_SIZES], "i32")
     types |= dict.fromkeys([*_DOUT, *_Q, *_K, *_V], "i32") | {"scale": "fp32", "known_ptr": "*u8"}
     types |= dict.fromkeys(("cos_ptr", "sin_ptr"), "*fp32:16")
-    constants = {"E": E, "UNIT": 8, "ROWS": ROWS, "WIDE": wide, "REST": rest}
+    constants |= {"UNIT": 8}
     constants |= {} if known else {"known_ptr": None}
     constants |= {} if rotary else {"cos_ptr": None, "sin_ptr": None}
-    return Variant(name, kernel, types, constants, _warps(E, dtype != "fp32", rotary))
+    return Variant(name, kernel, types, constants, warps)
 
 
 # The heads of MarDini and VDT-S (64), of VDT-L (72), and the widest.
 VARIANTS = [
-    *(_variant(f"forward_{E}", _forward, E) for E in (64, 72, 128, 256)),
-    *(_variant(f"backward_{E}", _backward, E) for E in (64, 72, 128, 256)),
-    _variant("forward_known_rotary_64", _forward, 64, known=True, rotary=True),
-    _variant("backward_known_rotary_64", _backward, 64, known=True, rotary=True),
-    _variant("forward_fp32_64", _forward, 64, "fp32"),
-    _variant("backward_fp32_64", _backward, 64, "fp32"),
+    *(_variant(f"forward_{E}", False, E) for E in (64, 72, 128, 256)),
+    *(_variant(f"backward_{E}", True, E) for E in (64, 72, 128, 256)),
+    _variant("forward_known_rotary_64", False, 64, known=True, rotary=True),
+    _variant("backward_known_rotary_64", True, 64, known=True, rotary=True),
+    _variant("forward_fp32_64", False, 64, "fp32"),
+    _variant("backward_fp32_64", True, 64, "fp32"),
 ]

@@ -58,6 +58,9 @@ def test_a_dry_run_leaves_every_file(tmp_path, capsys):
 
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["steps"] == 12
+    assert metrics["torch"] == torch.__version__
+    assert metrics["verdicts"] == [v.text for v in demo.compare(metrics["scores"])]
+    assert str(tmp_path) not in (out / "metrics.json").read_text()  # it can be published
     assert set(metrics["seconds"]) == {"clips", "training", "predict", "interpolate"}
     for scores in metrics["scores"].values():
         rows = {"sample", "one_step_mean", "copy_nearest", "linear_blend"}

@@ -22,6 +22,15 @@ def test_report_names_versions_machine_and_ops(capsys):
         assert f"  {line}" in report
 
 
+def test_long_names_keep_their_column(capsys, monkeypatch):
+    name = "x" * 40
+    monkeypatch.setattr(doctor, "ops", lambda broken: [("short", "CPU: a"), (name, "CPU: b")])
+    cli.main(["doctor"])
+    lines = capsys.readouterr().out.splitlines()
+    assert f"  {name}  CPU: b" in lines
+    assert f"  {'short':42}CPU: a" in lines
+
+
 def test_absent_library_comes_with_the_command_that_builds_it(library, capsys):
     assert not native.loaded()
     assert cli.main(["doctor"]) == 0

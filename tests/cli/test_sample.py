@@ -152,6 +152,25 @@ def test_takes_several_inputs_of_any_size_and_images(sample, clip, rand, tmp_pat
     assert (first - torch.tensor([200.0, 30, 30])[:, None, None]).abs().max() < 12
 
 
+def test_takes_a_folder_of_frames_in_natural_order(sample, tmp_path):
+    folder, out = tmp_path / "in" / "drive", tmp_path / "out"
+    (folder / "deeper").mkdir(parents=True)
+    for number in range(12):
+        Image.new("RGB", (32, 32), (20 * number, 0, 0)).save(folder / f"{number}.png")
+    Image.new("RGB", (32, 32), (0, 255, 0)).save(folder / "deeper" / "0.png")
+    options = ["--task", "predict", "--input", folder, "--out", out, "--start", 1, "--stride", 5]
+    assert sample(*options, "--given", 3) == 0
+    made = read_clip(out / "drive-predict-seed0.mp4", 0, 3).float()
+    assert made[:, 0].mean((1, 2)).tolist() == pytest.approx([20, 120, 220], abs=12)
+    assert made[:, 1].mean() < 12
+
+
+def test_a_folder_without_frames_is_named(sample, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert sample("--task", "predict", "--input", tmp_path / "empty") == 1
+    assert f"no image in {tmp_path / 'empty'}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -98,6 +98,16 @@ def test_help_tells_recipes_devices_and_exit_status(capsys):
         assert words in text
 
 
+def test_help_shows_defaults_of_a_recipe_only(capsys):
+    for argv, shown in ((["vdt-demo", "--help"], True), (["--help"], False)):
+        with pytest.raises(SystemExit):
+            main(["train", *argv])
+        text = " ".join(capsys.readouterr().out.split())
+        assert ("(type: int, default: 96)" in text) is shown  # model.dim of vdt-demo
+        assert ("default: 1152)" in text) is False  # that of no demo
+        assert ("name one before --help" in text) is not shown
+
+
 def test_printed_config_is_one_that_can_be_read(tiny, capsys):
     with pytest.raises(SystemExit):
         main(["train", "vdt-demo", "--config", str(tiny), "--print_config"])

@@ -1,4 +1,5 @@
 import sys
+from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
@@ -26,6 +27,17 @@ def test_help_has_a_line_for_every_verb(capsys):
         assert line.endswith("."), f"fastvid/cli/{verb}.py must begin with one sentence of help"
         assert line in " ".join(shown.split())
     assert max(map(len, shown.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("verb", ["sample", "evaluate", "demo"])
+def test_help_tells_every_default_once(verb, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([verb, "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "default:" not in shown  # the default of None says nothing: words in brackets do
+    for action in import_module(f"fastvid.cli.{verb}")._parser()._actions:
+        if type(action.default) in (int, float):
+            assert f"[{action.default:g}]" in action.help
 
 
 def test_version(capsys):

@@ -27,6 +27,7 @@ def pair(rand):
 
 @pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
 def test_a_perfect_prediction_costs_nothing(pair, prediction):
+    """Defect Q5 of the official code: the loss could not do without given cells."""
     clean, noise = pair
     perfect = target_of(clean, noise, INDEX, CHAIN, prediction)
     loss = diffusion_loss(returns(perfect), clean, INDEX, noise, CHAIN, prediction=prediction)
@@ -37,6 +38,18 @@ def test_a_perfect_prediction_costs_nothing(pair, prediction):
     loss = diffusion_loss(returns(learned), clean, INDEX, noise, CHAIN, prediction=prediction)
     assert loss["vb"][1] == pytest.approx(0, abs=1e-6)
     assert loss["vb"][0] > 0
+
+
+def test_a_fixed_variance_trains_with_as_many_frames_as_channels():
+    """Defect Q4 of the official code: channels and frames changed places in the output."""
+    clean, noise = torch.randn(2, 2, 4, 4, 6, 6, generator=torch.Generator().manual_seed(0))
+    swapped = noise.transpose(1, 2)
+    right, wrong = (
+        diffusion_loss(returns(output), clean, INDEX, noise, CHAIN) for output in (noise, swapped)
+    )
+    assert set(right) == {"loss", "mse"}  # no variance was learned
+    assert (right["loss"] == 0).all()
+    assert (wrong["loss"] > 0.5).all()
 
 
 @pytest.mark.parametrize("average", AVERAGES)

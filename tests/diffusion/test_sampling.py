@@ -340,6 +340,7 @@ def test_a_compiled_model_is_compiled_once_for_all_steps(rand):
 
 
 def test_guidance_moves_away_from_the_unconditional_model(rand):
+    """Defect Q6 of the official code: guidance called the model with an argument too many."""
     calls = []
 
     def model(latents, timestep, *, known=None, text):
@@ -355,6 +356,8 @@ def test_guidance_moves_away_from_the_unconditional_model(rand):
 
 
 def test_guidance_keeps_the_conditional_variance_and_may_hide_what_is_known(rand):
+    """Defect Q6 of the official code: guidance cut along frames where it meant channels."""
+
     def model(latents, timestep, *, known=None):
         seen.append(known)
         value = 0.0 if known is None else 1.0

@@ -21,6 +21,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 @pytest.mark.parametrize("name", TASKS)
 def test_something_is_always_left_to_generate(name):
+    """Defect Q2 of the official code: a completion without given end frames gave everything."""
     for frames, side, seed in itertools.product((2, 3, 4, 5, 8, 16, 30), (1, 2, 3, 8), range(8)):
         known = task_known(name, frames, side, side + 1, batch=5, generator=seeded(seed))
         assert known.dtype == torch.bool
@@ -79,6 +80,7 @@ def test_frames_given_by_the_fixed_tasks(name, given, frames):
 
 
 def test_a_short_clip_is_half_given():
+    """Defect Q3 of the official code: 8 frames were given of any clip, of 8 frames too."""
     assert task_known("predict", 8, 1, 1).sum() == 4
     assert task_known("backward", 3, 1, 1).tolist() == [[False, False, True]]
     assert task_known("predict", 30, 1, 1, given=2).sum() == 2
@@ -152,6 +154,7 @@ def test_rectangles_spread_over_area_shape_and_place():
 
 
 def test_blocks_cover_the_share_exactly_and_hang_together():
+    """Defect Q1 of the official code: the generator of blocks crashed with any NumPy since 1.24."""
     for height, width, share in itertools.product((1, 2, 5, 16), (1, 3, 32), (0.25, 0.5, 1.0)):
         cells = block_cells(height, width, share=share, generator=seeded())
         assert cells.shape == (height, width)

@@ -1,6 +1,7 @@
 """The promises of `masked_attention`. Those of its kernels have a file of their own."""
 
 import copy
+import itertools
 import logging
 
 import pytest
@@ -155,6 +156,47 @@ def test_forward_holds_little_beside_its_result(monkeypatch, mask):
     assert max(returned) <= grouped.MOST_NUMBERS * torch.get_num_threads()
 
 
+def allocated_at_most(function):
+    """Bytes that the allocator held at once, beyond what it held before."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        function()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events))
+
+
+@pytest.mark.parametrize("mask", ["known 9 of 17", "every other known", "causal over 16"])
+def test_memory_is_that_of_dense_attention(mask):
+    """Training on a packed qkv holds no more; forward, one call's result and queries besides."""
+    frames = 16 if "causal" in mask else 17
+    layout = FrameLayout([256] * frames)
+    visibility = {
+        "known 9 of 17": lambda: Visibility.identity(layout, [f < 9 for f in range(17)]),
+        "every other known": lambda: Visibility.identity(layout, [f % 2 == 0 for f in range(17)]),
+        "causal over 16": lambda: Visibility.causal(layout),
+    }[mask]()
+    qkv = torch.randn(1, 256 * frames, 3, 4, 64)
+    dout = torch.randn(1, 256 * frames, 4, 64)
+
+    def dense(q, k, v):
+        heads_first = (tensor.transpose(1, 2) for tensor in (q, k, v))
+        return F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+
+    def masked(q, k, v):
+        return masked_attention(q, k, v, visibility)
+
+    def train(attend):
+        leaf = qkv.detach().requires_grad_()
+        attend(*leaf.unbind(2)).backward(dout)
+
+    forward = [allocated_at_most(lambda f=f: f(*qkv.unbind(2))) for f in (masked, dense)]
+    training = [allocated_at_most(lambda f=f: train(f)) for f in (masked, dense)]
+    numbers = grouped.MOST_NUMBERS + grouped.MOST_TOKENS  # out and lse of one call
+    one_call = torch.get_num_threads() * numbers * qkv.itemsize
+    assert forward[0] <= forward[1] + (2 * one_call if "other" in mask else one_call)
+    assert training[0] <= 1.001 * training[1]  # the tables
+
+
 @pytest.mark.parametrize("most", [1, 200, 400, 800])
 @pytest.mark.parametrize("mask", MASKS)
 def test_cpu_by_few_samples_and_heads(monkeypatch, mask, most):
@@ -300,19 +342,32 @@ def test_two_runs_give_the_same_bits():
 
 
 def test_full_visibility_may_go_to_pytorch(monkeypatch, caplog):
-    """The rule of the GPU, forced here; a caller who wants the lse gets the op."""
+    """The rule of the GPU, forced here; who wants the lse or a gradient gets the op."""
     paths.announce.cache_clear()
-    monkeypatch.setattr(op, "_vendor_serves", lambda q, visibility: visibility.sees_all)
+    rule = op._vendor_serves
+    monkeypatch.setattr(op, "_vendor_serves", lambda device, *call: rule("cuda", *call))
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 16, 2, 16)
     full = visibility_of("full")
     with caplog.at_level(logging.DEBUG, "fastvid.kernels"):
         out = masked_attention(q, k, v, full)
+        assert "masked_attention: SDPA, since nothing is hidden" in caplog.messages
+        caplog.clear()
         wanted, _ = masked_attention(q, k, v, full, return_lse=True)
+        trained = masked_attention(q, k.clone().requires_grad_(), v, full)
     torch.testing.assert_close(out, wanted)
     assert out.is_contiguous()
-    assert "masked_attention: SDPA, since nothing is hidden" in caplog.messages
-    assert "masked_attention: SDPA per group of frames" in caplog.messages
+    assert caplog.messages == ["masked_attention: SDPA per group of frames"]
+    assert "masked_attention" in type(trained.grad_fn).__name__
+
+
+def test_pytorch_takes_no_call_that_wants_a_gradient():
+    """Its backward on a GPU does not repeat its bits."""
+    full, causal = visibility_of("full"), visibility_of("causal")
+    assert op._vendor_serves("cuda", False, full)
+    assert not op._vendor_serves("cuda", True, full)
+    assert not op._vendor_serves("cuda", False, causal)
+    assert not op._vendor_serves("cpu", False, full)
 
 
 # ---- refusals

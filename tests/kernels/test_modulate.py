@@ -312,13 +312,13 @@ def test_kernel_backward_repeats_its_bits(rand):
 
 def test_one_compilation_serves_every_batch_and_length(compilations):
     printed = compilations("""
-from fastvid.kernels.modulate import kernel
+from fastvid.kernels.modulate import groups, kernel
 for B, N in ((1, 64), (2, 99), (3, 7), (1, 1)):
     x, s = torch.zeros(B, N, 64), torch.zeros(B, 128)[:, :64]
     rows = kernel.launch_forward(x, s, s, False, 1e-6, torch.float32)[1:]
     kernel.launch_backward(x, x, s, *rows, False)
     # 64 x 3 numbers of one row: the last case has one token per group and its own block size
-print(count(kernel._forward), count(kernel._backward), count(kernel._sum_partials))
+print(count(kernel._forward), count(kernel._backward), count(groups._sum_partials))
 """)
     assert printed.split() == ["2", "2", "1"]
 

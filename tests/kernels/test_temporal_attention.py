@@ -214,17 +214,22 @@ def test_compiles_once_for_all_sizes(device, rand, rule):
             torch.testing.assert_close(found, gradients(f, dout, q, k, v))
 
 
-def test_exports_with_free_sizes(rand):
+def test_exports_with_free_sizes(rand, device):
     class Module(torch.nn.Module):
-        def forward(self, q, k, v):
-            return temporal_attention(q, k, v)
+        def forward(self, q, k, v, known, cos, sin):
+            plain = temporal_attention(q, k, v)
+            return plain, temporal_attention(q, k, v, known=known, window=(2, 1), rotary=(cos, sin))
 
-    free = {0: torch.export.Dim("B", min=2), 1: torch.export.Dim("T", min=2, max=64)}
-    free[2] = torch.export.Dim("N", min=2)
-    example = tuple(rand(2, 4, 3, 2, 16) for _ in range(3))
-    exported = torch.export.export(Module(), example, dynamic_shapes=(free, free, free)).module()
-    other = tuple(rand(3, 7, 5, 2, 16) for _ in range(3))
-    torch.testing.assert_close(exported(*other), temporal_attention(*other))
+    def inputs(B, T, N):
+        known = torch.arange(B * T, device=device).view(B, T) % 3 == 1
+        return (*(rand(B, T, N, 2, 16) for _ in range(3)), known, *tables(T, 16, device=device))
+
+    B, T = torch.export.Dim("B", min=2), torch.export.Dim("T", min=2, max=64)
+    token = {0: B, 1: T, 2: torch.export.Dim("N", min=2)}
+    free = token, token, token, {0: B, 1: T}, {0: T}, {0: T}
+    exported = torch.export.export(Module(), inputs(2, 4, 3), dynamic_shapes=free).module()
+    other = inputs(3, 7, 5)
+    torch.testing.assert_close(exported(*other), Module()(*other))
 
 
 def test_meta_tensors_pass_through():
@@ -234,12 +239,12 @@ def test_meta_tensors_pass_through():
     assert (out.device.type, out.shape, q.grad.shape) == ("meta", q.shape, q.shape)
 
 
-def test_activation_checkpointing(rand):
+@pytest.mark.parametrize("rule", ["all", "everything"])
+def test_activation_checkpointing(rand, device, rule):
     q, k, v, dout = (rand(2, 4, 3, 2, 16) for _ in range(4))
-    kept = gradients(temporal_attention, dout, q, k, v)
-    again = gradients(
-        lambda *a: checkpoint(temporal_attention, *a, use_reentrant=False), dout, q, k, v
-    )
+    f = functools.partial(temporal_attention, **to(device, RULES[rule](2, 4, 16)))
+    kept = gradients(f, dout, q, k, v)
+    again = gradients(lambda *a: checkpoint(f, *a, use_reentrant=False), dout, q, k, v)
     for a, b in zip(kept, again, strict=True):
         assert torch.equal(a, b)
 
@@ -356,7 +361,7 @@ for B, T, N, heads in ((1, 16, 64, 16), (2, 13, 99, 8), (3, 1, 7, 1), (1, 64, 1,
     rule = None, None, None, 0.1, 64, 64
     kernel.launch_forward(q, k, v, *rule)
     kernel.launch_backward(q, q, k, v, *rule)
-print(count(kernel._forward), count(kernel._backward))
+print(count(kernel._forward), count(kernel._backward_in_steps))
 """)
     assert printed.split() == ["1", "1"]
 
@@ -407,15 +412,22 @@ def test_gpu_float32_to_1e_5(rand):
 
 
 @pytest.mark.gpu
-def test_gpu_graph_capture(rand):
-    q = rand(1, 16, 64, 4, 72, dtype=torch.bfloat16)
-    temporal_attention(q, q, q)  # compiles outside the capture
+@pytest.mark.parametrize("rule", ["all", "everything"])
+def test_gpu_graph_capture(rand, device, rule):
+    q, dout = (rand(1, 16, 64, 4, 72, dtype=torch.bfloat16) for _ in range(2))
+    rule = arguments(**to(device, RULES[rule](1, 16, 72)))
+
+    def step():
+        return OP(q, q, q, *rule), *BACKWARD(dout, q, q, q, *rule)
+
+    step()  # compiles outside the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = temporal_attention(q, q, q)
+        found = step()
     q.copy_(rand(1, 16, 64, 4, 72))
     graph.replay()
-    assert torch.equal(out, temporal_attention(q, q, q))
+    for a, b in zip(found, step(), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.gpu

@@ -1,40 +1,12 @@
 """VDT: what it promises beside parity, and what it refuses."""
 
-import json
-import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-from fastvid.models.vdt import VDT, VDT_L, VDT_S, VDTConfig
-from fastvid.modules import hub
-
-TINY = VDTConfig(height=8, width=12, frames=6, dim=32, depth=2, heads=2, drop_labels=False)
-
-
-def redraw(model, std=0.1):
-    """Zero layers hide mistakes: draw every parameter anew."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for value in model.parameters():
-            value.copy_(torch.randn(value.shape, generator=generator) * std)
-    return model
-
-
-@pytest.fixture
-def model():
-    return redraw(VDT(TINY)).eval()
-
-
-@pytest.fixture
-def clip(rand):
-    return rand(2, 4, 6, 8, 12), torch.tensor([7, 901])
-
-
-def close(a, b, tolerance=1e-5):
-    assert (a - b).abs().max() <= tolerance * max(1, b.abs().max().item())
+from fastvid.models.vdt import VDT, VDT_L, VDT_S
+from tests.models.tiny import TINY, close, redraw
 
 
 @pytest.mark.parametrize(
@@ -257,137 +229,6 @@ def test_image_weights_start_a_video_model(clip):
         VDT.from_image(video)
 
 
-class TestOfficialWeights:
-    @pytest.fixture
-    def state(self, model):
-        return model.to_official_state_dict()
-
-    @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
-    def test_from_a_file(self, model, state, clip, tmp_path, suffix):
-        path = tmp_path / f"weights.{suffix}"
-        save_file(state, path) if suffix == "safetensors" else torch.save(state, path)
-        assert torch.equal(VDT.from_official(path, config=TINY).eval()(*clip), model(*clip))
-
-    def test_the_config_is_read_off_the_shapes(self):
-        config = replace(TINY, width=8, class_dropout=0.1, num_classes=5, learned_variance=False)
-        state = VDT(config).to_official_state_dict()
-        assert VDT.from_official(state, heads=2).config == replace(config, drop_labels=True)
-        with pytest.raises(ValueError, match="heads must be given: width 32"):
-            VDT.from_official(state)
-
-    def test_a_grid_that_is_not_square_needs_a_config(self, state):
-        state["pos_embed"] = state["pos_embed"][:, :6]
-        with pytest.raises(ValueError, match="pos_embed of 6 tokens is not square"):
-            VDT.from_official(state, heads=2)
-
-    def test_larger_grids_and_longer_clips(self, model, state, rand):
-        large = VDT.from_official(state, config=TINY, frames=9, height=16, width=16)
-        assert large(rand(1, 4, 9, 16, 16), torch.tensor([3])).shape == (1, 8, 9, 16, 16)
-        assert torch.equal(large.time, VDT(replace(TINY, frames=9)).time)
-        stretched = VDT.from_official(state, config=TINY, frames=11, time_interpolation=True)
-        close(stretched.time[::2], model.time)
-        close(stretched.time[1], (model.time[0] + model.time[1]) / 2)
-
-    @pytest.mark.parametrize("interpolated", [False, True])
-    def test_new_tables_have_the_dtype_of_the_others(self, state, interpolated):
-        state = {name: value.bfloat16() for name, value in state.items()}
-        sizes = {"frames": 9, "height": 16, "time_interpolation": interpolated}
-        model = VDT.from_official(state, config=TINY, **sizes)
-        assert {value.dtype for value in model.state_dict().values()} == {torch.bfloat16}
-
-    @pytest.mark.parametrize("name", ["frames", "height", "width"])
-    def test_a_size_of_zero_is_not_the_old_one(self, state, name):
-        with pytest.raises(ValueError, match=f"{name} must be positive, got 0"):
-            VDT.from_official(state, config=TINY, **{name: 0})
-
-    def test_own_time_table_is_kept(self, state):
-        state["time_embed"] = state["time_embed"] + 1
-        assert torch.equal(VDT.from_official(state, config=TINY).time, state["time_embed"][0])
-
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            (lambda s: s.pop("blocks.1.attn.qkv.bias"), r"missing blocks\.1\.attn\.qkv\.bias"),
-            (lambda s: s.update({"ema.x": torch.ones(1)}), r"left over ema\.x"),
-            (
-                lambda s: s.update({"time_embed": torch.ones(1, 5, 32)}),
-                r"time_embed is \(1, 5, 32\) instead of \(1, 6, 32\)",
-            ),
-        ],
-    )
-    def test_what_does_not_fit_is_named(self, state, change, message):
-        change(state)
-        with pytest.raises(ValueError, match=message):
-            VDT.from_official(state, config=TINY)
-
-    def test_other_weights_and_contradictions(self, state):
-        with pytest.raises(ValueError, match="not the weights of a VDT: missing pos_embed"):
-            VDT.from_official({"weight": torch.ones(1)})
-        with pytest.raises(ValueError, match="heads=4 contradicts"):
-            VDT.from_official(state, config=TINY, heads=4)
-
-
-class TestHubFolder:
-    @pytest.fixture
-    def folder(self, model, tmp_path):
-        model.save_pretrained(tmp_path / "model")
-        return tmp_path / "model"
-
-    def test_comes_back(self, model, clip, folder):
-        names = {path.name for path in folder.iterdir()}
-        assert {"config.json", "model.safetensors"} <= names <= {"README.md", *names}
-        back = VDT.from_pretrained(folder)
-        assert back.config == TINY
-        assert not back.training
-        assert torch.equal(back(*clip), model(*clip))
-        assert all(value.requires_grad for value in back.parameters())
-
-    def test_unknown_config_key(self, folder):
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | {"colour": 1}))
-        with pytest.raises(ValueError, match=r"unknown to VDTConfig: \['colour'\]"):
-            VDT.from_pretrained(folder)
-
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            (lambda s: s.pop("final.bias"), r"missing final\.bias"),
-            (lambda s: s.update({"extra": torch.ones(1)}), "left over extra"),
-            (lambda s: s.update({"final.bias": torch.ones(3)}), r"final\.bias is \(3,\) instead"),
-        ],
-    )
-    def test_weights_that_do_not_fit(self, folder, change, message):
-        state = load_file(folder / "model.safetensors")
-        change(state)
-        save_file(state, folder / "model.safetensors")
-        with pytest.raises(ValueError, match=message):
-            VDT.from_pretrained(folder)
-
-    def test_truncated_weights(self, folder):
-        path = folder / "model.safetensors"
-        path.write_bytes(path.read_bytes()[:-100])
-        with pytest.raises(ValueError, match="not a whole safetensors file"):
-            VDT.from_pretrained(folder)
-
-    @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-    def test_missing_file(self, folder, name):
-        (folder / name).unlink()
-        with pytest.raises(FileNotFoundError, match=name):
-            VDT.from_pretrained(folder)
-
-    def test_a_full_disk_leaves_the_old_folder(self, model, folder, tmp_path, monkeypatch):
-        def full(*args, **kwargs):
-            raise OSError(28, "No space left on device")
-
-        shutil.copytree(folder, tmp_path / "copy")
-        monkeypatch.setattr(hub, "save_file", full)
-        with pytest.raises(OSError, match="No space left"):
-            redraw(model, 0.2).save_pretrained(folder)
-        assert {p.name: p.read_bytes() for p in folder.iterdir()} == {
-            p.name: p.read_bytes() for p in (tmp_path / "copy").iterdir()
-        }
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -399,6 +240,8 @@ class TestHubFolder:
         ({"class_dropout": 1.0}, "class_dropout must be in"),
         ({"mode": "audio"}, "mode must be"),
         ({"mode": "image"}, "frames=1"),
+        ({"mlp_ratio": float("nan")}, r"mlp_ratio must be in \[1 / dim, 256\], got nan"),
+        ({"mlp_ratio": 1e308}, "mlp_ratio must be in"),
     ],
 )
 def test_configs_that_make_no_sense(change, message):
@@ -406,11 +249,44 @@ def test_configs_that_make_no_sense(change, message):
         replace(TINY, **change)
 
 
+SIZES = [name for name, value in asdict(TINY).items() if type(value) is int]
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_absurd_sizes_are_refused_before_anything_is_made(name):
+    with pytest.raises(ValueError, match=f"{name} must be at most [0-9]+, got 1000000000000"):
+        replace(TINY, **{name: 10**12})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mlp_ratio": "4"}, "mlp_ratio must be float, got '4'"),
+        ({"depth": 2.5}, r"depth must be int, got 2\.5"),
+        ({"heads": True}, "heads must be int, got True"),
+        ({"class_dropout": None}, "class_dropout must be float, got None"),
+        ({"drop_labels": 0}, "drop_labels must be bool, got 0"),
+        ({"learned_variance": "no"}, "learned_variance must be bool, got 'no'"),
+    ],
+)
+def test_values_of_another_type(change, message):
+    with pytest.raises(TypeError, match=message):
+        replace(TINY, **change)
+    assert replace(TINY, mlp_ratio=4).mlp_ratio == 4
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
         ({"latents": (2, 3, 6, 8, 12)}, ValueError, r"latents must be \(B, 4, T, H, W\)"),
         ({"latents": (2, 4, 7, 8, 12)}, ValueError, "1 to 6 frames, got 7"),
+        ({"latents": (2, 4, 0, 8, 12)}, ValueError, "1 to 6 frames, got 0"),
+        (
+            {"latents": torch.ones(4, 6, 8, 12)},
+            ValueError,
+            r"latents must be .* got \(4, 6, 8, 12\)",
+        ),
+        ({"condition_frames": torch.ones(4, 1, 8, 12)}, ValueError, "condition_frames must be"),
         ({"latents": (2, 4, 6, 10, 12)}, ValueError, "H of latents .* at most 8"),
         ({"latents": (2, 4, 6, 8, 11)}, ValueError, "W of latents must be a multiple of 2"),
         ({"timestep": torch.tensor([1, 2, 3])}, ValueError, r"timestep must be \(2,\) or \(1,\)"),

@@ -43,6 +43,12 @@ def test_temporal(rand, frames, folded):
     torch.testing.assert_close(module(x), expected, atol=2e-6, rtol=1e-5)
 
 
+def test_temporal_keeps_official_key_names():
+    layers = "fc", "proj", "qkv"
+    names = [f"{layer}.{part}" for layer in layers for part in ("bias", "weight")]
+    assert sorted(TemporalAttention(32, 4).state_dict()) == names
+
+
 def test_no_layout_copies(rand):
     module, x = TemporalAttention(32, 4), rand(2, 5, 7, 32)
     module.fold()
@@ -68,15 +74,21 @@ def alone_in_the_world():
     dist.destroy_process_group()
 
 
-def test_masked_under_fsdp(alone_in_the_world):
+FRAMES = Visibility.identity(FrameLayout([7] * 3), [True, False, False])
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "more"),
+    [(MaskedSelfAttention, (2, 21, 32), (FRAMES,)), (TemporalAttention, (2, 3, 7, 32), ())],
+)
+def test_under_fsdp(alone_in_the_world, make, shape, more):
     torch.manual_seed(0)
-    module, x = MaskedSelfAttention(32, 2), torch.randn(2, 21, 32)
-    visibility = Visibility.identity(FrameLayout([7] * 3), [True, False, False])
-    wanted = module(x, visibility)
+    module, x = make(32, 2), torch.randn(shape)
+    wanted = module(x, *more)
     (grad,) = torch.autograd.grad(wanted.sum(), module.qkv.weight)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32)
     fully_shard(module, mesh=alone_in_the_world, mp_policy=policy)
-    out = module(x, visibility)
+    out = module(x, *more)
     out.sum().backward()
     assert (out - wanted).abs().max() < 0.02 * wanted.abs().max()
     assert (module.qkv.weight.grad.full_tensor() - grad).abs().max() < 0.02 * grad.abs().max()

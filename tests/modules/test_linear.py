@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastvid.modules.linear import Cheap, linear, linear_gelu, linear_parts
+from fastvid.modules.linear import Deferred, apply_linear, linear, linear_gelu, linear_parts
 from fastvid.modules.mlp import MLP
 
 
@@ -21,7 +21,7 @@ def tensors(rand):
 @pytest.mark.parametrize("parts", [1, 3])
 def test_gradients(tensors, parts):
     def call(x, scale, weight, bias):
-        return linear_parts(Cheap(squared, (x, scale)), weight, bias, parts)
+        return linear_parts(Deferred(squared, (x, scale)), weight, bias, parts)
 
     assert torch.autograd.gradcheck(call, tensors)
     plain = F.linear(squared(*tensors[:2]), *tensors[2:]).chunk(parts, -1)
@@ -58,7 +58,7 @@ def test_a_single_row(rand):
 
 def test_frozen_parts_get_no_gradient(tensors):
     x, scale, weight, bias = tensors
-    linear(Cheap(squared, (x.detach(), scale)), weight.detach(), bias).sum().backward()
+    linear(Deferred(squared, (x.detach(), scale)), weight.detach(), bias).sum().backward()
     assert x.grad is None
     assert weight.grad is None
     assert scale.grad is not None
@@ -72,7 +72,7 @@ def test_gelu_is_the_same_with_and_without_a_gradient(rand, dtype):
     recorded = mlp(x)
     with torch.no_grad():
         fused = mlp(x)
-    assert isinstance(linear_gelu(x, mlp.fc1.weight, mlp.fc1.bias), Cheap)
+    assert isinstance(linear_gelu(x, mlp.fc1.weight, mlp.fc1.bias), Deferred)
     torch.testing.assert_close(fused, recorded, atol=4 * torch.finfo(dtype).eps, rtol=1e-2)
 
 
@@ -87,3 +87,12 @@ def test_only_the_pre_activation_is_kept(rand):
         mlp(rand(50, 32))
     weights = {p.untyped_storage().data_ptr() for p in mlp.parameters()}
     assert sum(n for at, n in kept.items() if at not in weights) == 50 * (32 + 128)
+
+
+def test_the_example_of_the_module(rand):
+    layer, tokens, scale = torch.nn.Linear(6, 3), rand(2, 6).requires_grad_(), rand(6)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = apply_linear(layer, Deferred(torch.mul, (tokens, scale)))
+    torch.testing.assert_close(y, layer(tokens * scale))
+    assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in (tokens, scale, layer.weight)}

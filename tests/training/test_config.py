@@ -6,9 +6,11 @@ import pytest
 
 from fastvid.training.build import build_schedule
 from fastvid.training.config import (
+    CodecConfig,
     DataConfig,
     DiffusionConfig,
     OptimConfig,
+    RunConfig,
     config_from,
     config_hash,
     read_config,
@@ -30,6 +32,20 @@ def test_recipes_survive_a_file_and_build_a_schedule(name, tmp_path):
     assert "Expect:" in doc
 
 
+def test_what_cityscapes_does_otherwise_is_told():
+    """The original clips nothing, averages nothing, stays at one rate and computes in fp32."""
+    optim, run = (recipe := RECIPES["vdt-cityscapes"]()).optim, recipe.run
+    told = RECIPES["vdt-cityscapes"].__doc__
+    for differs, words in (
+        (optim.clip > 0, "clipped"),
+        (optim.ema > 0, "averaged"),
+        (optim.lr_end != optim.lr, "cosine"),
+        (run.precision == "bf16", "autocast"),
+        (True, "own task"),
+    ):
+        assert (words in told) is differs
+
+
 def test_every_value_changes_the_hash():
     config = RECIPES["vdt-demo"]()
     hashes = {config_hash(config)}
@@ -44,7 +60,21 @@ def test_every_value_changes_the_hash():
         ({"optim": {"learning_rate": 1}}, r"unknown key optim\.learning_rate"),
         ({"modell": {}}, "unknown key modell"),
         ({"optim": 3}, "optim. must be a mapping, got int"),
-        ({"optim": {"lr": -1}}, "lr must be positive"),
+        ({"optim": {"lr": -1}}, r"optim\.lr must be positive"),
+        ({"optim": {"lr": "fast"}}, r"optim\.lr must be float, got 'fast'"),
+        ({"optim": {"lr": True}}, r"optim\.lr must be float, got True"),
+        ({"optim": {"batch": "16"}}, r"optim\.batch must be int, got '16'"),
+        ({"optim": {"batch": 2.5}}, r"optim\.batch must be int, got 2\.5"),
+        ({"optim": {"betas": [0.9]}}, r"optim\.betas must be tuple\[float, float\], got \[0\.9\]"),
+        ({"optim": {"betas": [0.9, "x"]}}, r"optim\.betas must be float, got 'x'"),
+        ({"data": {"hflip": "no way"}}, r"data\.hflip must be bool, got 'no way'"),
+        ({"data": {"train": 3}}, r"data\.train must be str, got 3"),
+        ({"diffusion": {"schedule": "cosine"}}, r"diffusion\.schedule must be one of linear, "),
+        ({"diffusion": {"tasks": {"predict": "x"}}}, r"diffusion\.tasks\.predict must be float"),
+        ({"diffusion": {"given": {"predict": 1.5}}}, r"diffusion\.given\.predict must be int"),
+        ({"diffusion": {"tasks": ["predict"]}}, r"diffusion\.tasks must be dict"),
+        ({"model": {"depth": 2.5}}, r"model\.depth must be int, got 2\.5"),
+        ({"model": {"mode": "film"}}, r"model\.mode must be one of video, image, got 'film'"),
     ],
 )
 def test_wrong_files_are_refused_by_key_and_name(tmp_path, values, message):
@@ -54,6 +84,15 @@ def test_wrong_files_are_refused_by_key_and_name(tmp_path, values, message):
     path.write_text(yaml.safe_dump(values))
     with pytest.raises(ValueError, match=f"wrong.yaml: {message}"):
         read_config(path)
+
+
+def test_numbers_may_be_written_as_yaml_reads_them(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("optim: {lr: 1e-4, lr_end: 0, betas: [0.9, 0.95]}\ndata: {size: [128, 128]}\n")
+    values = {"data": {"size": (128, 128)}, "model": {"channels": 48, "height": 32, "width": 32}}
+    values["optim"] = {"lr": 1e-4, "lr_end": 0, "betas": (0.9, 0.95)}
+    path.write_text(path.read_text() + "model: {channels: 48, height: 32, width: 32}\n")
+    assert read_config(path) == config_from(values)
 
 
 def test_yaml_tags_do_not_run(tmp_path):
@@ -67,7 +106,11 @@ def test_yaml_tags_do_not_run(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: DataConfig(size=(8,)), r"height, width"),
+        (lambda: DataConfig(size=(8,)), r"data\.size must be tuple\[int, int\]"),
+        (lambda: DataConfig(size=(0, 8)), r"height, width"),
+        (lambda: RunConfig(steps="10"), r"run\.steps must be int, got '10'"),
+        (lambda: CodecConfig(kind="vae"), r"codec\.kind must be one of pixel, diffusers"),
+        (lambda: DiffusionConfig(schedule="cosine"), r"diffusion\.schedule must be one of"),
         (lambda: DataConfig(validation_share=1.0), "validation_share"),
         (lambda: DiffusionConfig(tasks={"guess": 1.0}), "guess"),
         (lambda: DiffusionConfig(tasks={"predict": 0.0}), "at least one task"),

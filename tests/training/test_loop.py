@@ -388,15 +388,3 @@ def test_weights_start_from_another_run_and_from_an_image_model(config, tmp_path
     assert torch.equal(video.blocks[0].mlp.fc1.weight, image.blocks[0].mlp.fc1.weight)
     with pytest.raises(ValueError, match="the run wants"):
         build_model(config(init=str(folder), depth=1))
-
-
-def test_official_weights_start_a_run(config, tmp_path):
-    from safetensors.torch import save_file
-
-    from fastvid.models.vdt import VDT
-    from fastvid.training.build import build_model
-
-    source = VDT(replace(config().model, dim=384, heads=6))
-    save_file(source.to_official_state_dict(), tmp_path / "official.safetensors")
-    made = build_model(config(init=str(tmp_path / "official.safetensors"), dim=384, heads=6))
-    assert torch.equal(made.final.weight, source.final.weight)

@@ -1,0 +1,57 @@
+"""How many bytes a row needs at its peak, from the sizes alone: what our allocator hands out.
+
+Decoders, the CUDA context and what a matrix product needs besides are not counted.
+"""
+
+from fastvid.models.vdt import VDTConfig
+
+PLANNERS = {"S": 1_342_000_000, "L": 3_221_000_000}  # parameters; the paper's text leaves 3 % open
+GENERATOR = 289_000_000
+
+
+def mardini(size: str, frames: int, side: int, *, asymmetric: bool) -> int:
+    """Sampling in bfloat16, weights resident: the larger of planning and one generator block."""
+    weights = 2 * (PLANNERS[size] + GENERATOR)
+    low = frames * ((256 if asymmetric else side) // 8) ** 2
+    fine = frames * (side // 8) ** 2
+    keys_and_values = 2 * 8 * 2 * low * 1024
+    # Of a block: the stream, its norm, then q, k, v and the result, or the MLP's hidden layer.
+    planning = 2 * low * (2 * 4096 + max(4 * 4096, 8192))
+    generating = 2 * fine * (2 * 1024 + max(4 * 1024, 4096))
+    return weights + max(planning, keys_and_values + generating)
+
+
+def vdt_weights(config: VDTConfig) -> int:
+    """Parameters of VDT in float32."""
+    d, mlp, pixels = config.dim, config.mlp_ratio, config.patch**2 * config.channels
+    block = (9 + 2 * mlp) * d * d + (6 * d * d)  # attention twice, temporal_fc, MLP; modulation
+    biases = (4 + 1 + 4 + mlp + 1 + 6 + 2) * d  # the temporal norm has a weight as well
+    ends = pixels * d + (256 + d) * d + 2 * d * d + d * config.patch**2 * config.out_channels
+    return int(4 * (config.depth * (block + biases) + ends))
+
+
+def vdt_forward(config: VDTConfig, batch: int = 1) -> int:
+    """One call without gradients: the weights and, in the MLP, stream, norm and hidden rows."""
+    per_token = (2 + config.mlp_ratio + 1.2) * config.dim
+    return int(vdt_weights(config) + 4 * batch * _tokens(config) * per_token)
+
+
+def vdt_training(config: VDTConfig, batch: int = 1) -> int:
+    """A step with AdamW after the first: weights, two moments, and the larger of two peaks.
+
+    Either everything that the blocks save and the first gradients of the last MLP, or, when the
+    first block is done, every gradient.
+    """
+    d = config.dim
+    # The stream three times, q, k, v and the result of two attentions, both branches, the hidden
+    # layer; per token besides the log-sum-exp of every head and the statistics of three norms.
+    saved = (13 + config.mlp_ratio) * d + config.heads + 6
+    last = (2 * config.mlp_ratio + 2) * d
+    ends = 4 * d
+    activations = 4 * batch * _tokens(config) * (config.depth * saved + last + ends)
+    weights = vdt_weights(config)
+    return int(3 * weights + max(activations, weights))
+
+
+def _tokens(config: VDTConfig) -> int:
+    return config.frames * (config.height // config.patch) * (config.width // config.patch)

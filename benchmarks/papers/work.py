@@ -1,0 +1,132 @@
+"""How much arithmetic a paper's row asks for: tokens and FLOPs, from the sizes alone.
+
+A multiplication with its addition is two FLOPs. Counted are the linear layers and the two products
+of attention over what is visible; norms, rotary positions, text encoders and autoencoders are not.
+"""
+
+from dataclasses import dataclass
+
+from fastvid.models.vdt import VDT_L, VDT_S, VDTConfig
+
+VDT_SIZES = {"S": VDT_S, "L": VDT_L}
+
+
+@dataclass(frozen=True)
+class Work:
+    """Tokens that go through the large network (all calls together), and FLOPs of the whole row."""
+
+    tokens: int
+    flops: int
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.tokens + other.tokens, self.flops + other.flops)
+
+
+def linear(tokens: int, weights: int) -> int:
+    """FLOPs of dense layers with `weights` parameters between them."""
+    return 2 * tokens * weights
+
+
+def attention(queries: int, keys: int, width: int) -> int:
+    """FLOPs of q k^T and p v, `width` being all heads together."""
+    return 4 * queries * keys * width
+
+
+def vdt(config: VDTConfig, batch: int = 1) -> Work:
+    """One forward pass in the official order (temporal_fc apart from the projection)."""
+    frames, patch, d = config.frames, config.patch, config.dim
+    per_frame = (config.height // patch) * (config.width // patch)
+    tokens = frames * per_frame
+    pixels = patch * patch * config.channels
+    block = linear(tokens, int((9 + 2 * config.mlp_ratio) * d * d))  # 4 + 4 + temporal_fc, MLP
+    block += attention(tokens, per_frame, d) + attention(tokens, frames, d)
+    block += linear(1, 6 * d * d)
+    ends = linear(tokens, pixels * d + d * patch * patch * config.out_channels)
+    ends += linear(1, (256 + d) * d + 2 * d * d)  # the timestep's MLP, the last layer's modulation
+    return Work(batch * tokens, batch * (config.depth * block + ends))
+
+
+def mardini(
+    size: str,
+    frames: int,
+    side: int,
+    *,
+    temporal: bool,
+    asymmetric: bool,
+    steps: int = 25,
+) -> Work:
+    """One video, DDIM without guidance: the planner once, the generator `steps` times.
+
+    Args:
+        size: "S" or "L", of the planner.
+        side: of the video in pixels; the planner sees 256 if `asymmetric`.
+        temporal: the generator attends over time only, instead of over all tokens.
+    Latents have an eighth of the side and patches of one cell. Rows that the identity attention
+    need not compute are counted.
+    """
+    depth, hidden = {"S": (8, 4096), "L": (16, 8192)}[size]
+    d = 4096
+    low = (256 if asymmetric else side) // 8
+    cells = low * low
+    tokens = frames * cells
+    planner = linear(tokens, 8 * d * d + 2 * d * hidden)
+    planner += attention(tokens, cells, d) + attention(tokens, tokens, d)
+    context = linear(tokens, 8 * 2 * d * 1024)  # keys and values of 8 blocks, once
+
+    d, hidden = 1024, 4096
+    fine = (side // 8) ** 2
+    tokens = frames * fine
+    generator = linear(tokens, 10 * d * d + 2 * d * hidden)  # the queries and outputs of three
+    generator += attention(tokens, fine, d) + attention(tokens, cells, d)
+    generator += attention(tokens, frames if temporal else tokens, d)
+    return Work(tokens * steps, depth * planner + context + steps * 8 * generator)
+
+
+PYRAMID_WIDTHS = {"miniFLUX": 1920, "MMDiT": 1536}  # both have 24 blocks of 12 D^2 weights a token
+TEXT = 128
+
+
+def pyramid_flow(
+    model: str,
+    height: int,
+    width: int,
+    frames: int,
+    *,
+    steps: tuple[int, int] = (20, 10),
+    guided: bool = True,
+    causal: bool = True,
+) -> Work:
+    """One video: every unit, stage and step of it.
+
+    Args:
+        height, width: of the video in pixels; frames: latent ones, 16 for 5 s and 31 for 10 s.
+        steps: per stage, for the first frame and for the later ones.
+        causal: attention counts what is visible: no later frame, and of the frames only the first
+            and the text for the text.
+    """
+    d, calls = PYRAMID_WIDTHS[model], 2 if guided else 1
+    total = Work(0, 0)
+    for unit in range(frames):
+        for stage in range(3):
+            lengths = [TEXT, *history(height, width, unit, stage)]
+            tokens = sum(lengths)
+            if causal:
+                seen = [sum(lengths[: position + 1]) for position in range(len(lengths))]
+                seen[0] += lengths[1]
+                pairs = sum(queries * keys for queries, keys in zip(lengths, seen, strict=True))
+            else:
+                pairs = tokens * tokens
+            flops = 24 * (linear(tokens, 12 * d * d) + attention(1, pairs, d))
+            repeats = calls * steps[min(unit, 1)]
+            total += Work(repeats * tokens, repeats * flops)
+    return total
+
+
+def history(height: int, width: int, unit: int, stage: int) -> list[int]:
+    """Tokens of each frame in the call that makes `unit` at `stage` (0: lowest), oldest first.
+
+    A frame that is older by one more unit stands one stage lower, down to the lowest.
+    """
+    finest = (height // 16) * (width // 16)
+    stages = [stage] + [max(stage - age, 0) for age in range(unit)]
+    return [finest // 4 ** (2 - each) for each in reversed(stages)]

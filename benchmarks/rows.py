@@ -1,0 +1,50 @@
+"""What result files hold, in one shape: a row is one rival's result on one case."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from benchmarks.harness import Row, read_rows
+
+SIDES = ("fastvid", "eager")  # of a duel of models
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a file, or of every JSON Lines file below a folder, oldest first.
+
+    Raises:
+        FileNotFoundError: there is neither.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"results must be a file or a folder, got {path}")
+    paths = [path] if path.is_file() else sorted(path.rglob("*.jsonl"))
+    rows = [one for each in paths for row in read_rows(each) for one in _one_per_rival(row)]
+    return sorted(rows, key=lambda row: row.get("date", ""))  # stable: as measured within a day
+
+
+def setting(row: Row) -> tuple:
+    """What two rows must share to be the same measurement on the same machine."""
+    names = ("case", "rival", "machine", "threads", "batch", "compile", "compiled", "quick")
+    return tuple(row.get(name) for name in names)
+
+
+def latest(rows: Iterable[Row]) -> list[Row]:
+    """The last of the rows that measure the same."""
+    return list({setting(row): row for row in rows}.values())
+
+
+def _one_per_rival(row: Row) -> Iterator[Row]:
+    """A model's row holds both sides of a duel: `fastvid_p50_ms`, `eager_p50_ms`, ..."""
+    if "rival" in row:
+        yield row
+        return
+    prefixes = tuple(f"{side}_" for side in SIDES)
+    common = {name: value for name, value in row.items() if not name.startswith(prefixes)}
+    common.setdefault("room", row["case"].partition("/")[0])
+    for side in SIDES:
+        own = {
+            name.removeprefix(f"{side}_"): value
+            for name, value in row.items()
+            if name.startswith(f"{side}_")
+        }
+        ratios = {f"ratio_p{q}": row[f"wall_ratio_p{q}"] for q in (20, 50, 80)}
+        yield {**common, "rival": side, **own, **(ratios if side == "eager" else {})}

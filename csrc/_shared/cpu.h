@@ -1,0 +1,55 @@
+// What the CPU kernels share: bfloat16, dtypes, and one binary for every instruction set.
+//
+// The arithmetic of a kernel stands in a header of its own without an include guard, which its
+// .cpp includes once per instruction set, each time inside a namespace (v4, v3, any) with TARGET,
+// an attribute for every function, and LANE_BYTES, the width of the vectors.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define HAS_X86_SETS 1
+#define TARGET_V4 __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")))
+#define TARGET_V3 __attribute__((target("avx2,fma")))
+// `function` of the namespace that suits this machine.
+#define FOR_THIS_CPU(function, ...)                                                        \
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&           \
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"))            \
+    v4::function(__VA_ARGS__);                                                             \
+  else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))                \
+    v3::function(__VA_ARGS__);                                                             \
+  else                                                                                     \
+    any::function(__VA_ARGS__)
+#else
+#define HAS_X86_SETS 0
+#define FOR_THIS_CPU(function, ...) any::function(__VA_ARGS__)
+#endif
+
+using bf16 = uint16_t;
+
+inline __attribute__((always_inline)) float widen(float value) { return value; }
+inline __attribute__((always_inline)) float widen(bf16 value) {
+  const uint32_t bits = uint32_t(value) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+
+inline __attribute__((always_inline)) void narrow(float value, float* out) { *out = value; }
+inline __attribute__((always_inline)) void narrow(float value, bf16* out) {
+  uint32_t bits;  // to nearest, ties to even; NaN stays NaN
+  std::memcpy(&bits, &value, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  *out = bf16(value != value ? 0x7fc0 : rounded);
+}
+
+// `call` with a value of the type of the tensor's elements: float or bf16.
+template <typename Call>
+void with_type(const torch::stable::Tensor& tensor, Call call) {
+  if (tensor.scalar_type() == torch::headeronly::ScalarType::Float) call(float{});
+  else call(bf16{});
+}

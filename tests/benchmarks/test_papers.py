@@ -1,0 +1,199 @@
+"""The papers' tables: published cells with a source, and counts that agree with those published."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import papers, rows
+from benchmarks.papers import memory, tables, work
+from benchmarks.rivals.vdt_eager import VDTEager
+from fastvid.models.vdt import VDT, VDTConfig
+
+
+@pytest.mark.parametrize(("frames", "side"), [(4, 8), (3, 12)])
+def test_the_count_of_vdt_is_what_a_flop_counter_reads(frames, side):
+    config = VDTConfig(dim=32, depth=2, heads=2, frames=frames, height=side, width=side)
+    model = VDTEager(config).eval()
+    latents = torch.randn(1, frames, config.channels, side, side)
+    # Over the CPU's fused attention the counter reads nothing.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(latents, torch.zeros(1, dtype=torch.int64))
+    assert work.vdt(config).flops == counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    ("frames", "side", "asymmetric", "symmetric"),
+    [(9, 512, 519, 1164), (13, 256, 261, 261), (13, 512, 763, 1911), (17, 1024, 6277, 32948)],
+)
+def test_mardini_with_temporal_attention_costs(frames, side, asymmetric, symmetric):
+    options = {"frames": frames, "side": side, "temporal": True}
+    for resolution, tera in ((True, asymmetric), (False, symmetric)):
+        done = work.mardini("L", asymmetric=resolution, **options)
+        assert done.flops / 1e12 == pytest.approx(tera, abs=0.5)
+
+
+def test_mardini_computed_by_hand_for_one_small_video():
+    """1 frame of 8 x 8 pixels: one token everywhere, so every product is one weight matrix."""
+    one = work.mardini("S", 1, 8, temporal=True, asymmetric=False, steps=1)
+    planner = 8 * (2 * (8 * 4096**2 + 2 * 4096 * 4096) + 2 * 4 * 4096)
+    context = 8 * 2 * 2 * 4096 * 1024
+    generator = 8 * (2 * (10 * 1024**2 + 2 * 1024 * 4096) + 3 * 4 * 1024)
+    assert one.flops == planner + context + generator
+
+
+def test_the_pyramid_reaches_the_published_token_counts():
+    """15,360 tokens at most, 119,040 at full resolution: section 1 of the paper."""
+    last = tables.PUBLISHED["pyramid_flow"][-1]
+    height, width, frames = last["height"], last["width"], last["frames"]
+    assert sum(work.history(height, width, frames - 1, 2)) == last["longest_call"]
+    assert frames * (height // 16) * (width // 16) == last["full_tokens"]
+    assert work.history(height, width, 3, 2) == [240, 960, 3840, 3840]
+
+
+def test_the_causal_pyramid_counts_fewer_pairs_and_the_same_tokens():
+    causal = work.pyramid_flow("MMDiT", 384, 640, 16)
+    dense = work.pyramid_flow("MMDiT", 384, 640, 16, causal=False)
+    assert causal.tokens == dense.tokens
+    weights = 24 * work.linear(causal.tokens, 12 * 1536**2)
+    assert (causal.flops - weights) / (dense.flops - weights) == pytest.approx(0.635, abs=0.005)
+
+
+def test_every_published_cell_has_its_source_and_a_name_of_its_own():
+    cells = [cell for name in tables.TABLES for cell in tables.PUBLISHED[name]]
+    assert all(cell["source"] and cell["place"] for cell in cells)
+    assert len({cell["key"] for cell in cells}) == len(cells)
+
+
+def test_the_headline_row_is_forty_percent_of_an_a100():
+    line = next(
+        line for line in tables.mardini([]).lines if line.name == "L/T asymmetric 13 frames 512x512"
+    )
+    assert (line.seconds, line.memory_gb) == (6.05, 42.57)
+    assert line.of_peak == pytest.approx(763e12 / 6.05 / 312e12, rel=1e-3)
+    assert line.ours == (tables.NOT_BUILT,)
+
+
+def test_seconds_per_generated_frame_become_seconds_per_video():
+    line = next(each for each in tables.mardini([]).lines if "17 frames 768" in each.name)
+    assert line.seconds == pytest.approx(16 * 1.01)
+
+
+def _row(**changes):
+    return {
+        "case": "vdt/forward S/2 frames=8 float32",
+        "room": "vdt",
+        "rival": "fastvid",
+        "machine": "A CPU, 2 cores",
+        "device": "cpu",
+        "threads": 2,
+        "dtype": "float32",
+        "date": "2026-01-01",
+        "size": "S",
+        "job": "forward",
+        "frames": 8,
+        "side": 128,
+        "batch": 1,
+        "p50_ms": 500.0,
+        "peak_mib": 1024.0,
+        "matmul_fp32_tflop_per_s": 0.1,
+        "match": True,
+    } | changes
+
+
+def _ours(*results):
+    lines = tables.vdt(list(results)).lines
+    return next(line.ours for line in lines if line.name == "S denoising step 8 frames 128x128")
+
+
+def test_our_column_comes_from_results():
+    (text,) = _ours(_row())
+    flops = work.vdt(replace(work.VDT_SIZES["S"], frames=8)).flops
+    share = 100 * flops / 0.5 / 0.1e12
+    assert text.startswith(f"0.5 s, {share:.0f} % of its matmul, 1.1 GB (A CPU, 2 cores, 2 threads")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"match": False}, {"frames": 16}, {"side": 256}, {"batch": 2}, {"rival": "eager"}]
+)
+def test_other_results_stay_out_of_the_row(changes):
+    assert _ours(_row(**changes)) == ()
+
+
+def test_a_result_of_a_model_at_reduced_depth_says_so():
+    (text,) = _ours(_row(quick=True))
+    assert "reduced depth" in text
+
+
+def test_the_command_prints_every_table_and_writes_it(tmp_path, capsys):
+    (tmp_path / "vdt.jsonl").write_text(json.dumps(_row()) + "\n")
+    out = tmp_path / "tables.json"
+    assert papers.main(["--results", str(tmp_path), "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert set(json.loads(out.read_text())) == set(tables.TABLES)
+    for piece in ("6.05", "42.57", tables.NOT_BUILT, "11,520", "0.5 s"):
+        assert piece in printed
+
+
+def test_the_committed_results_fill_rows_of_vdt():
+    found = tables.vdt(rows.latest(rows.read(papers.RESULTS)))
+    assert any(line.ours for line in found.lines)
+
+
+SMALL = [
+    (VDTConfig(dim=192, depth=4, heads=3, frames=8, height=16, width=16), 1),
+    (VDTConfig(dim=192, depth=8, heads=3, frames=16, height=16, width=16), 2),
+    (VDTConfig(dim=384, depth=3, heads=6, frames=8, height=32, width=32), 1),
+]
+
+
+def _allocated(call):
+    """Bytes that the allocator had handed out at the peak of a call, beyond what was there."""
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    now = peak = 0
+    events = (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.parametrize(("config", "batch"), SMALL)
+def test_the_memory_model_is_within_a_tenth_of_what_is_allocated(config, batch):
+    model = VDT(config)
+    weights = sum(p.nbytes for p in model.parameters())
+    assert memory.vdt_weights(config) == pytest.approx(weights, rel=0.02)
+    shape = batch, config.channels, config.frames, config.height, config.width
+    latents, timestep = torch.randn(shape), torch.zeros(batch, dtype=torch.int64)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+    def step():
+        optimizer.zero_grad()
+        model(latents, timestep).square().mean().backward()
+        optimizer.step()
+
+    def forward():
+        with torch.inference_mode():
+            model(latents, timestep)
+
+    forward()
+    measured = weights + _allocated(forward)
+    assert memory.vdt_forward(config, batch) == pytest.approx(measured, rel=0.1)
+    step()
+    optimizer.zero_grad()
+    moments = 2 * weights
+    measured = weights + moments + _allocated(step)
+    assert memory.vdt_training(config, batch) == pytest.approx(measured, rel=0.1)
+
+
+def test_a_batch_that_fits_by_the_published_evidence_fits_by_the_model():
+    line = {line.name: line for line in tables.vdt([]).lines}
+    for batch, room in ((16, 80), (6, 48)):
+        found = line[f"L training 16 frames 128x128 batch {batch}"]
+        assert found.memory_gb == room
+        assert found.estimate_gb < room
