@@ -42,6 +42,7 @@ def test_a_new_model_predicts_zero_and_moves_in_time(rand):
 
 @pytest.mark.parametrize("size", [(1, 8, 12), (6, 4, 8), (3, 2, 2)])
 def test_smaller_clips_use_the_first_positions(model, clip, size):
+    """Q7 of the official defects: one length, square frames."""
     T, H, W = size
     latents, timestep = clip
     out = model(latents[:, :, :T, :H, :W], timestep)
@@ -61,7 +62,7 @@ def test_one_timestep_serves_the_batch(model, clip):
 
 
 def test_fixed_variance_is_the_first_half_of_the_learned(model, clip):
-    """With T = C, where swapped axes would go unnoticed."""
+    """Q4 of the official defects: swapped axes, which go unnoticed where T = C."""
     latents, timestep = clip[0][:, :, :4], clip[1]
     fixed = VDT(replace(TINY, learned_variance=False)).eval()
     state = model.state_dict()
@@ -77,16 +78,19 @@ def test_condition_frames_are_put_before_and_cut_off(model, clip):
     close(out, model(latents, timestep)[:, :, 2:])
 
 
-def test_bfloat16(model, clip):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_bfloat16_and_float16(model, clip, dtype):
+    """Q7 of the official defects: the timestep stays in float32 and does not fit the weights."""
     latents, timestep = clip
     with torch.no_grad():
         exact = model(latents, timestep)
-        out = model.bfloat16()(latents, timestep)
+        out = model.to(dtype)(latents, timestep)
     assert out.dtype == torch.float32
     assert (out - exact).norm() < 0.03 * exact.norm()
 
 
 def test_autocast_trains_like_float32(model, clip):
+    """Q9 of the official defects: no autocast."""
     latents, timestep = clip
     gradients = []
     for enabled in (False, True):
@@ -110,6 +114,7 @@ def test_autocast_infers_like_float32(model, clip):
 
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_recomputed_blocks_give_the_same_gradients(model, clip, blocks):
+    """Q9 of the official defects: no recomputation."""
     gradients = []
     for count in (0, blocks):
         model.checkpoint_blocks = count
@@ -184,6 +189,7 @@ def test_inference_leaves_its_inputs_alone(model, clip):
 
 
 def test_compiles_whole(model, clip):
+    """Q9 of the official defects: no compiling."""
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     out = compiled(*clip)
     close(out, model(*clip))
@@ -196,6 +202,7 @@ def test_compiles_whole(model, clip):
 
 
 def test_labels_drop_in_training_unless_told_otherwise(clip):
+    """Q8 of the official defects: labels drop even where there is one class."""
     latents, timestep = clip
     model = redraw(VDT(replace(TINY, drop_labels=True, class_dropout=0.5))).train()
     torch.manual_seed(0)
@@ -208,6 +215,7 @@ def test_labels_drop_in_training_unless_told_otherwise(clip):
 
 
 def test_guidance_reaches_the_dropped_label(model, clip):
+    """Q6 of the official defects: guidance raises."""
     latents, timestep = clip
     null = torch.tensor([TINY.num_classes])
     assert not torch.allclose(model(latents, timestep), model(latents, timestep, labels=null))

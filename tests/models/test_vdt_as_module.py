@@ -8,30 +8,11 @@ from torch._dynamo.testing import CompileCounter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from fastvid.models.vdt import VDT, VDTConfig
+from tests.models.tiny import close
 
-TINY = VDTConfig(height=8, width=12, frames=6, dim=32, depth=2, heads=2, drop_labels=False)
 LAYERS = ["temporal.qkv", "temporal.proj", "temporal.fc", "spatial.qkv", "spatial.proj"]
 LAYERS = [f"blocks.1.{name}" for name in [*LAYERS, "mlp.fc1", "mlp.fc2", "temporal_norm"]]
 LAYERS += ["final"]
-
-
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    model = VDT(TINY).eval()
-    for value in model.parameters():
-        nn.init.normal_(value, std=0.1)
-    return model
-
-
-@pytest.fixture
-def clip(rand):
-    return rand(2, 4, 6, 8, 12), torch.tensor([7, 901])
-
-
-def close(a, b, tolerance=1e-5):
-    assert (a - b).abs().max() <= tolerance * max(1, b.abs().max().item())
 
 
 class Adapted(nn.Module):
