@@ -6,6 +6,7 @@ whatever device its tensors are on.
 
 from fastvid.kernels._shared.visibility import FrameLayout, Visibility
 from fastvid.kernels.asymmetric_attention.op import asymmetric_attention
+from fastvid.kernels.guided_step.op import guided_step
 from fastvid.kernels.masked_attention.op import masked_attention
 from fastvid.kernels.modulate.op import (
     gated_residual,
@@ -24,6 +25,7 @@ __all__ = [
     "asymmetric_attention",
     "gated_residual",
     "gated_residual_norm_modulate",
+    "guided_step",
     "masked_attention",
     "masked_mse",
     "noising",

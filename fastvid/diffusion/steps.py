@@ -55,8 +55,7 @@ def ddpm_step(
     if fraction is not None:
         log_variance = learned_log_variance(fraction.to(x.dtype), index, schedule)
         return mean.addcmul_(log_variance.div_(2).exp_(), noise)
-    table = "large_log_variance" if fixed_variance == "large" else "posterior_log_variance_clipped"
-    return mean.add_(noise, alpha=math.exp(schedule.at(table, index) / 2))
+    return mean.add_(noise, alpha=fixed_spread(index, schedule, fixed_variance))
 
 
 def ddim_step(
@@ -78,11 +77,7 @@ def ddim_step(
     check_eta(eta)
     _expect_apart(output, out)
     predicted, _ = split_variance(output, x.shape[1])
-    left = schedule.at("alphas_cumprod", index)
-    left_next = schedule.at("alphas_cumprod_prev", index)
-    spread = eta * ((1 - left_next) / (1 - left) * (1 - left / left_next)) ** 0.5
-    to_noise = max(1 - left_next - spread**2, 0.0) ** 0.5
-    of_x0, of_x = _along(left, left_next**0.5, to_noise)
+    of_x0, of_x, spread = ddim_factors(index, schedule, eta)
     stepped = _from_x0(predicted, x, of_x0, of_x, index, schedule, prediction, clip, out)
     if not spread:
         return stepped
@@ -122,6 +117,31 @@ def ddim_inverse_step(
     return _from_x0(predicted, x, of_x0, of_x, at, schedule, prediction, clip, out)
 
 
+def ddim_factors(index: int, schedule: Schedule, eta: float) -> tuple[float, float, float]:
+    """Factors of (x0, x, noise) in a DDIM step."""
+    left = schedule.at("alphas_cumprod", index)
+    left_next = schedule.at("alphas_cumprod_prev", index)
+    spread = eta * ((1 - left_next) / (1 - left) * (1 - left / left_next)) ** 0.5
+    to_noise = max(1 - left_next - spread**2, 0.0) ** 0.5
+    return *_along(left, left_next**0.5, to_noise), spread
+
+
+def fixed_spread(index: int, schedule: Schedule, fixed_variance: FixedVariance) -> float:
+    """Factor of the noise in an ancestral step above index 0."""
+    table = "large_log_variance" if fixed_variance == "large" else "posterior_log_variance_clipped"
+    return math.exp(schedule.at(table, index) / 2)
+
+
+def x0_factors(index: int, schedule: Schedule, prediction: Prediction) -> tuple[float, float]:
+    """Factors of (x, prediction) in the x0 that a prediction stands for."""
+    check_prediction(prediction, schedule, index)
+    alpha = schedule.at("sqrt_alphas_cumprod", index)
+    sigma = schedule.at("sqrt_one_minus_alphas_cumprod", index)
+    if prediction == "eps":
+        return 1 / alpha, -sigma / alpha
+    return (alpha, -sigma) if prediction == "v" else (0.0, 1.0)
+
+
 def _along(left: float, to_x0: float, to_noise: float) -> tuple[float, float]:
     """Factors of (x0, x) in `to_x0 * x0 + to_noise * eps`, eps being the noise of x at `left`."""
     share = to_noise / (1 - left) ** 0.5
@@ -140,16 +160,7 @@ def _from_x0(
     out: Tensor | None,
 ) -> Tensor:
     """`of_x0 * x0 + of_x * x` for the x0 of the prediction, in two passes unless x0 is clipped."""
-    check_prediction(prediction, schedule, index)
-    alpha = schedule.at("sqrt_alphas_cumprod", index)
-    sigma = schedule.at("sqrt_one_minus_alphas_cumprod", index)
-    # x0 = a * x + b * predicted
-    if prediction == "eps":
-        a, b = 1 / alpha, -sigma / alpha
-    elif prediction == "v":
-        a, b = alpha, -sigma
-    else:
-        a, b = 0.0, 1.0
+    a, b = x0_factors(index, schedule, prediction)
     if clip is None:
         return torch.mul(x, of_x + of_x0 * a, out=out).add_(predicted, alpha=of_x0 * b)
     x0 = (x * a).add_(predicted, alpha=b).clamp_(-clip, clip)

@@ -19,8 +19,10 @@ def expect_known(known: Tensor, name: str, latents: Tensor) -> None:
         came = known.dtype if isinstance(known, Tensor) else type(known).__name__
         raise TypeError(f"known must be a bool Tensor with True = given, got {came}")
     B, _, T, H, W = latents.shape
-    wanted = ((T,), (T, H, W))
-    if known.dim() not in (2, 4) or known.shape[1:] not in wanted or known.shape[0] not in (1, B):
+    wanted = (T,) if known.dim() == 2 else (T, H, W)
+    # Size by size: Dynamo does not compare a tuple of fixed sizes with one of free ones.
+    agrees = len(wanted) == known.dim() - 1 and known.shape[0] in (1, B)
+    if not agrees or any(a != b for a, b in zip(known.shape[1:], wanted, strict=True)):
         raise ValueError(
             f"known must be (B|1, T) or (B|1, T, H, W), B={B} T={T} H={H} W={W},"
             f" got {tuple(known.shape)}"

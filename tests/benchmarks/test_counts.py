@@ -10,7 +10,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import run
-from benchmarks.kernels import bench_masked_attention, bench_modulate, bench_temporal_attention
+from benchmarks.kernels import (
+    bench_guided_step,
+    bench_masked_attention,
+    bench_modulate,
+    bench_temporal_attention,
+)
 
 CPU = torch.device("cpu")
 
@@ -65,6 +70,11 @@ def test_bytes_by_hand():
     count = bench_modulate.bytes_moved
     assert count(True, B=2, N=64, D=384, itemsize=2) == 2 * one  # x | y
     assert count(False, B=2, N=64, D=384, itemsize=2) == 3 * one  # x dy | dx
+    numbers = 2 * 3 * 4 * 8 * 8
+    count = bench_guided_step.nbytes
+    # state and two bfloat16 branches | state; where known, clean | state
+    assert count((2, 3, 4, 8, 8), torch.bfloat16) == (4 + 2 * 2 + 4) * numbers
+    assert count((2, 3, 4, 8, 8), torch.float32, 0.25) == (4 + 2 * 4 * 0.75 + 4) * numbers
 
 
 @pytest.mark.parametrize("room", run.rooms())

@@ -15,6 +15,8 @@ from fastvid.diffusion.schedule import (
     squared_cosine,
 )
 from fastvid.diffusion.steps import ddim_step, ddpm_step
+from fastvid.diffusion.tables import ddim_table, ddpm_table, euler_table
+from fastvid.functional import guided_step
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -131,6 +133,71 @@ def test_ancestral_steps(rand, chain, options, variance):
         expected = theirs.step(output, timestep, x, generator=generator).prev_sample
         ours = ddpm_step(output, x, index, schedule, noise=noise, fixed_variance=fixed, **kwargs)
         close(ours, expected)
+
+
+def tabled_cases(chain):
+    """Those of `cases` that have a table, less a thousand rows of the same formula."""
+    for schedule, index, kwargs, settings in cases(chain):
+        hopeless = kwargs["prediction"] == "eps" and schedule.terminal_snr == 0
+        if len(schedule) <= 50 and not hopeless:
+            yield schedule, index, kwargs, settings
+
+
+def tabled(table, schedule, index, x, output, noise, clip):
+    """A guided step without guidance, at an index of the schedule."""
+    row = torch.tensor([len(schedule) - 1 - index])
+    return guided_step(x, output, table, row, noise=noise, clip=clip)
+
+
+@chains
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_ddim_tables(rand, chain, options, eta):
+    x, output, noise = (rand(*SHAPE, dtype=torch.float64).cpu() for _ in range(3))
+    for schedule, index, kwargs, settings in tabled_cases(chain):
+        theirs = rival(diffusers.DDIMScheduler, chain, options, **settings)
+        theirs.set_timesteps(len(schedule))
+        expected = theirs.step(
+            output,
+            int(schedule.timestep_map[index]),
+            x,
+            eta=eta,
+            variance_noise=noise,
+            use_clipped_model_output=True,
+        ).prev_sample
+        assert eta or expected.isfinite().all()
+        if expected.isnan().all():
+            continue  # theirs takes the root of a share of noise that rounding put below 0
+        table = ddim_table(schedule, eta=eta, prediction=kwargs["prediction"])
+        close(tabled(table, schedule, index, x, output, noise, kwargs["clip"]), expected)
+
+
+@chains
+@pytest.mark.parametrize("variance", ["small", "large"])
+def test_ancestral_tables(rand, chain, options, variance):
+    x, output = (rand(*SHAPE, dtype=torch.float64).cpu() for _ in range(2))
+    noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    named = f"fixed_{variance}"
+    for schedule, index, kwargs, settings in tabled_cases(chain):
+        timestep = int(schedule.timestep_map[index])
+        if index == 0 and timestep > 0 and variance == "large":
+            continue  # theirs adds noise to the last step of such a chain; ours never does
+        theirs = rival(diffusers.DDPMScheduler, chain, options, variance_type=named, **settings)
+        theirs.set_timesteps(len(schedule))
+        generator = torch.Generator().manual_seed(1)
+        expected = theirs.step(output, timestep, x, generator=generator).prev_sample
+        table = ddpm_table(schedule, prediction=kwargs["prediction"], fixed_variance=variance)
+        close(tabled(table, schedule, index, x, output, noise, kwargs["clip"]), expected)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_euler_table(rand, shift):
+    x, velocity = (rand(*SHAPE).cpu() for _ in range(2))
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    theirs.set_timesteps(20)
+    table = euler_table(theirs.sigmas)
+    for row, timestep in enumerate(theirs.timesteps):
+        expected = theirs.step(velocity, timestep, x).prev_sample
+        close(guided_step(x, velocity, table, torch.tensor(row)), expected)
 
 
 def wave(latents, timestep, *, known=None):
