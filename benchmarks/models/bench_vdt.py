@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import harness
+from benchmarks import harness, machine
 from benchmarks.models.duel import Contender, duel, serve
 from benchmarks.rivals.vdt_eager import VDTEager
 from fastvid.diffusion.sampling import sample_ddim
@@ -101,7 +101,7 @@ def prepare(spec: dict[str, Any]) -> tuple[Callable[[], Tensor], Callable[[Tenso
         return gradient
 
     thunk = {"forward": forward, "backward": backward, "step": step, "sample": sample}[spec["job"]]
-    before = _official(model, config, trained)
+    before = {} if inference else _official(model, config, trained)  # a folded model has none
 
     def save(result: Tensor) -> None:
         results = {"result": result.float().cpu()}
@@ -250,8 +250,10 @@ def main(argv: list[str]) -> int:
         spec = json.loads(arguments.contender)
         serve(lambda: prepare(spec), torch.device(spec["device"]))
         return 0
-    machine = harness.environment(torch.device(arguments.device))
-    print(f"{machine['machine']}, torch {machine['torch']}, {arguments.threads} threads")
+    device = torch.device(arguments.device)
+    torch.set_num_threads(arguments.threads)
+    here = machine.environment(device) | machine.measure_ceilings(device, arguments.quick)
+    print(f"{here['machine']}, torch {here['torch']}, {arguments.threads} threads")
     good = True
     for size, side, frames, dtype, job in itertools.product(
         arguments.size, arguments.side, arguments.frames, arguments.dtype, arguments.job
@@ -265,7 +267,7 @@ def main(argv: list[str]) -> int:
             turns, rounds, seconds = 1, 2, 0
         row = measure(spec, turns=turns, rounds=rounds, seconds=seconds)
         print(line(row), flush=True)
-        harness.append(arguments.out, [{**machine, **row}])
+        harness.append(arguments.out, [{**here, **row}])
         good = good and row["match"] and row["wall_ratio_p50"] >= arguments.floor
     return 0 if good else 1
 
