@@ -137,6 +137,26 @@ def security_faults(path: str, source: str):
             yield f"{path}:{node.lineno} runs a shell"
 
 
+def device_faults(path: str, source: str):
+    """An op launches on the device of its tensors, whichever device is the current one."""
+    tree = ast.parse(source)
+    if not any(dotted(node) == "torch.library.impl" for node in ast.walk(tree)):
+        return
+    guarded = {
+        call
+        for block in ast.walk(tree)
+        if isinstance(block, ast.With)
+        for item in block.items
+        if isinstance(item.context_expr, ast.Call)
+        if dotted(item.context_expr.func) == "torch.cuda.device_of"
+        for call in ast.walk(block)
+    }
+    for node in ast.walk(tree):
+        called = dotted(node.func) if isinstance(node, ast.Call) else ""
+        if called.split(".")[-1].startswith("launch") and node not in guarded:
+            yield f"{path}:{node.lineno} launches outside torch.cuda.device_of"
+
+
 def length_faults(path: str, source: str):
     lines = source.count("\n")
     if lines > 500:
@@ -166,6 +186,10 @@ def test_names_say_what_things_do():
 
 def test_no_code_out_of_files_or_strings():
     assert all_faults(security_faults, LIBRARY + BENCHMARKS) == []
+
+
+def test_ops_launch_on_the_device_of_their_tensors():
+    assert all_faults(device_faults, LIBRARY) == []
 
 
 def test_files_are_short():
@@ -217,6 +241,7 @@ PLANTED = [
     (security_faults, "a.py", "subprocess.run('ls', shell=True)"),
     (security_faults, "a.py", "torch.load(path)"),
     (security_faults, "a.py", "torch.load(path, weights_only=False)"),
+    (device_faults, "a.py", "@torch.library.impl('a', 'CUDA')\ndef _(x):\n    return launch(x)"),
     (length_faults, "a.py", "\n" * 501),
 ]
 ALLOWED = [
@@ -227,6 +252,12 @@ ALLOWED = [
     (triton_faults, "kernels/a/backward.py", "import triton"),
     (name_faults, "fastvid/a.py", "def futile(): ..."),
     (security_faults, "a.py", "model.eval()\ntorch.load(path, weights_only=True)"),
+    (
+        device_faults,
+        "a.py",
+        "@torch.library.impl('a', 'CUDA')\n"
+        "def _(x):\n    with torch.cuda.device_of(x):\n        return launch(x)",
+    ),
     (length_faults, "a.py", "\n" * 500),
 ]
 

@@ -32,7 +32,8 @@ def _(table, query_offsets, key_offsets, self_only, key_lengths):
 def _(table, query_offsets, key_offsets, self_only, key_lengths):
     from .intervals_kernel import launch  # Triton loads at the first launch
 
-    return launch(table, query_offsets, key_offsets, self_only, key_lengths)
+    with torch.cuda.device_of(table):
+        return launch(table, query_offsets, key_offsets, self_only, key_lengths)
 
 
 @torch.library.register_fake("fastvid::visibility_intervals")
