@@ -61,7 +61,7 @@ def normal(seed: Tensor, count: int, stream: int) -> Tensor:
 
 
 def sample_seeds(seed: int | Tensor, batch: int, device: torch.device) -> Tensor:
-    """One seed per sample: (B,) int64 on `device`.
+    """One seed per sample: (B,) int64 on `device`, contiguous as the kernels read them.
 
     Args:
         seed: an int, or int64 of shape () or (1,): sample b draws with `seed + b`; or (B,) int64:
@@ -81,7 +81,7 @@ def sample_seeds(seed: int | Tensor, batch: int, device: torch.device) -> Tensor
     if seed.device != device:
         raise ValueError(f"seed must be on {device}, got {seed.device}")
     if seed.dim() == 1 and seed.shape[0] == batch:
-        return seed
+        return seed.contiguous()
     if seed.dim() > 1 or seed.numel() != 1:
         raise ValueError(f"seed must be (), (1,) or ({batch},), got {tuple(seed.shape)}")
     return seed + torch.arange(batch, device=device)

@@ -140,7 +140,7 @@ def guided_step(
         raise ValueError("noise or seed may be given, not both")
     if noise is not None:
         _expect_like("noise", noise, x)
-    seeds = None if seed is None else philox.sample_seeds(seed, sizes["B"], x.device).contiguous()
+    seeds = None if seed is None else philox.sample_seeds(seed, sizes["B"], x.device)
     philox.expect_stream(stream)
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, prediction, clean, noise, out)

@@ -123,6 +123,14 @@ def test_drawn_noise_is_the_noise_by_number(cpu_path, shape, kind):
     assert not torch.equal(other, found[0]) or (known is not None and known.all())
 
 
+def test_seeds_of_any_stride(cpu_path):
+    x0, levels = torch.randn(4, 1, 2, 3, 4), draw_1d(draw_levels(4))
+    for seed in (torch.tensor([3]).expand(4), torch.arange(8)[::2]):
+        found = noising(x0, *levels, seed=seed)
+        wanted = noising(x0, *levels, seed=seed.contiguous())
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
 def draw_1d(levels):
     return [level[:, 0] for level in levels]
 

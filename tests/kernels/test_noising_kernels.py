@@ -88,6 +88,18 @@ def test_kernel_draws_the_noise_by_number(guard_bands, device, rand, shape):
 
 
 @pytest.mark.usefixtures("interpreter")
+def test_kernel_takes_seeds_of_any_stride(device, rand):
+    x0, levels = rand(4, 1, 2, 4, 4), draw_levels(4, 1, device)
+    for seeds in (torch.tensor([3], device=device).expand(4), torch.arange(8, device=device)[::2]):
+        found, wanted = (
+            launch(x0, *levels, None, philox.sample_seeds(s, 4, device), 7, *[None] * 3, "v")
+            for s in (seeds, seeds.contiguous())
+        )
+        for a, b in zip(found, wanted, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
 @pytest.mark.parametrize("kind", ["frames", "cells"])
 def test_kernels_take_any_strides(device, rand, layout, kind):
