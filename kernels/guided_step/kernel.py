@@ -48,7 +48,8 @@ def _guided_step(
         after = tl.load(at + prediction_g, mask=read, other=0.0).to(tl.float32)
         predicted += first_scale * (after - predicted)
         if BRANCHES > 2:
-            last = tl.load(at + 2 * prediction_g, mask=read, other=0.0).to(tl.float32)
+            at = at + prediction_g + prediction_g  # 2 * prediction_g may not fit 32 bits
+            last = tl.load(at, mask=read, other=0.0).to(tl.float32)
             predicted += second_scale * (last - after)
     if CLIP:
         x0 = x0_of_x * x + x0_of_prediction * predicted

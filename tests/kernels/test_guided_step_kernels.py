@@ -139,6 +139,12 @@ for shape, axis in (((3, 1, 1, 4, 4), 0), ((1, 3, 1, 4, 4), 1), ((1, 1, 3, 4, 4)
     for x, out in ((far, found), (near, wanted)):
         launch_guided_step(x, x, table, torch.tensor(0), [], None, None, None, x, None, 0, out)
     assert torch.equal(found, wanted)
+branches = file.as_strided((3, 1, 1, 4, 4), (step, 0, 0, 4, 1))
+found, wanted = (torch.empty(1, 1, 1, 4, 4).half() for _ in range(2))
+for prediction, out in ((branches, found), (branches.contiguous(), wanted)):
+    rest = table, torch.tensor(0), [3.0, 2.0], None, None, None, None, None, 0, out
+    launch_guided_step(near[:, :, :1], prediction, *rest)
+assert torch.equal(found, wanted)
 """)
 
 
