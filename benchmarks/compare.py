@@ -31,8 +31,8 @@ def compare(old: list[Row], new: list[Row]) -> list[Change]:
     found = []
     for key in before.keys() & after.keys():
         row = before[key]
-        if row["rival"] != "fastvid" or not row.get("match"):
-            continue
+        if row["rival"] != "fastvid" or not row.get("match") or "skipped" in after[key]:
+            continue  # what there was no time for says nothing
         rival = tuple("eager" if part == "fastvid" else part for part in key)
         found.append(_change(row, after[key], before.get(rival, {}), after.get(rival, {})))
     return sorted(found, key=lambda change: (not change.is_regression, change.case))
@@ -41,7 +41,7 @@ def compare(old: list[Row], new: list[Row]) -> list[Change]:
 def _change(old: Row, new: Row, old_rival: Row, new_rival: Row) -> Change:
     case = ", ".join([new["case"]] + [f"{new['threads']} threads"] * ("threads" in new))
     if not new.get("match"):
-        return Change(case, new.get("failed", new.get("skipped", "no longer matches")), "lost")
+        return Change(case, new.get("failed", "no longer matches"), "lost")
     if "ratio_p50" in old_rival and "ratio_p50" in new_rival:
         # Of theirs over ours, more is better: its 20 % is our worse end.
         worse_old, better_old = old_rival["ratio_p20"], old_rival["ratio_p80"]

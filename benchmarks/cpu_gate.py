@@ -8,6 +8,7 @@ measured and reported all the same.
 
 import argparse
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,10 +61,11 @@ def of_rooms(
             chosen = harness.select(case, list(wanted))
             rows = harness.measure(chosen, CPU, seconds=seconds, sets=8)
             ours = harness.matches(rows)
-            for row in rows:
-                if row["rival"] in wanted and "ratio_p50" in row:
-                    ratios = (row[f"ratio_p{p}"] for p in (20, 50, 80))
-                    yield Ratio(case.label, row["rival"], *ratios, ours, wanted[row["rival"]])
+            measured = {row["rival"]: row for row in rows if "ratio_p50" in row}
+            for rival, floor in wanted.items():
+                row = measured.get(rival, {})  # one that failed, or all of them if we did
+                ratios = (row.get(f"ratio_p{p}", math.nan) for p in (20, 50, 80))
+                yield Ratio(case.label, rival, *ratios, ours and rival in measured, floor)
 
 
 def smallest(cases: list[harness.Case]) -> list[harness.Case]:

@@ -56,7 +56,9 @@ def main(argv: list[str]) -> int:
         try:
             found, text = measure(budget)
         except Exception as error:  # the case as a whole; the next one may do better
-            found = [{"case": label, "rival": "fastvid", "failed": harness.in_one_line(error)}]
+            what = {"case": label, "room": label.partition("/")[0], "rival": "fastvid"}
+            what["failed"] = harness.in_one_line(error)
+            found = [machine.environment(device) | what]
             text = f"{label}\n  {found[0]['failed']}"
         harness.append(rows, found)
         print("\n" + text, flush=True)
@@ -89,7 +91,7 @@ def _jobs(
     def of_model(bench: Any, spec: dict[str, Any]) -> Job:
         def measure(budget):
             row = bench.within(spec, 0 if quick else budget)
-            row = {**machine.environment(device), "rival": "fastvid", **row}
+            row = {**ceilings, **machine.environment(device), **row}
             return [row], bench.line(row)
 
         return bench.label(spec), measure

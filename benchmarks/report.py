@@ -69,10 +69,11 @@ def build(found: list[Row], out: Path) -> Path:
 
 
 def table_of_models(found: list[Row]) -> str:
-    """The duels of models as a Markdown table: what the project's README shows."""
+    """The duels of models on one CPU core, as the Markdown table of the project's README."""
     duels: dict[tuple, dict[str, Row]] = defaultdict(dict)
     for row in rows.latest(found):
-        duels[row["case"], row["machine"], row["threads"]][row["rival"]] = row
+        if row["device"] == "cpu" and row["threads"] == 1 and row.get("match"):
+            duels[row["case"], row["machine"]][row["rival"]] = row
     lines = []
     for (case, *_), sides in duels.items():
         ours, theirs = sides["fastvid"], sides["eager"]
@@ -86,8 +87,8 @@ def table_of_models(found: list[Row]) -> str:
 
 def renew_readme(found: list[Row], readme: Path, picture: Path) -> None:
     """Put the picture and the table of the models between the README's two marks."""
-    models = [row for row in found if row["room"] == "vdt" and row.get("match")]
-    figure = plots.versus(rows.latest(models))
+    models = [row for row in found if row["room"] == "vdt" and row.get("threads") == 1]
+    figure = plots.versus([row for row in rows.latest(models) if row.get("match")])
     if figure is None:
         raise ValueError("found must hold a model beside its rival, got none")
     figure.savefig(picture, dpi=130)

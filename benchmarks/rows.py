@@ -9,7 +9,9 @@ SIDES = ("fastvid", "eager")  # of a duel of models
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a file, or of every JSON Lines file below a folder, oldest first.
+    """The rows of a file, or of every JSON Lines file below a folder, the oldest day first.
+
+    What a run of `gpu` says of its tests is none.
 
     Raises:
         FileNotFoundError: there is neither.
@@ -17,13 +19,14 @@ def read(path: Path) -> list[Row]:
     if not path.exists():
         raise FileNotFoundError(f"results must be a file or a folder, got {path}")
     paths = [path] if path.is_file() else sorted(path.rglob("*.jsonl"))
-    rows = [one for each in paths for row in read_rows(each) for one in _one_per_rival(row)]
+    found = [row for each in paths for row in read_rows(each) if row.get("rival") != "tests"]
+    rows = [one for row in found for one in _one_per_rival(row)]
     return sorted(rows, key=lambda row: row.get("date", ""))  # stable: as measured within a day
 
 
 def setting(row: Row) -> tuple:
     """What two rows must share to be the same measurement on the same machine."""
-    names = ("case", "rival", "machine", "threads", "batch", "compile", "compiled", "quick")
+    names = ("case", "rival", "machine", "threads", "compiled")
     return tuple(row.get(name) for name in names)
 
 

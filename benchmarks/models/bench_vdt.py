@@ -186,9 +186,9 @@ def measure(spec: dict[str, Any], **pace: Any) -> dict[str, Any]:
 
 
 def label(spec: dict[str, Any]) -> str:
-    """`vdt/step L/2 frames=16 side=128 batch=4 bfloat16 compiled`."""
+    """`vdt/step L/2 frames=16 side=128 batch=4 bfloat16 compiled`, ` depth 2` where quick."""
     case = "vdt/{job} {size}/2 frames={frames} side={side} batch={batch} {dtype}".format(**spec)
-    return case + " compiled" * spec["compile"]
+    return case + " compiled" * spec["compile"] + " depth 2" * spec["quick"]
 
 
 def within(spec: dict[str, Any], seconds: float) -> dict[str, Any]:

@@ -50,6 +50,10 @@ def test_a_result_that_no_longer_counts_is_a_regression(changes):
     assert _verdict(_rows(), _rows(**changes)) == "lost"
 
 
+def test_what_there_was_no_time_for_says_nothing():
+    assert compare.compare(_rows(), _rows(match=None, skipped="the seconds were over")) == []
+
+
 def test_another_machine_or_thread_count_is_not_compared():
     for changes in ({"machine": "B"}, {"threads": 2}):
         assert compare.compare(_rows(10.0), _rows(20.0, **changes)) == []

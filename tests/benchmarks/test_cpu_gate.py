@@ -107,3 +107,11 @@ def test_the_exit_status_is_that_of_the_worst(rows, monkeypatch, tmp_path, capsy
         floors.write_text(json.dumps({case: {"eager": floor}}))
         assert cpu_gate.main(["--room", "modulate", "--seconds", "0.1"]) == status
         assert ("BELOW" in capsys.readouterr().out) is bool(status)
+
+
+def test_an_op_of_ours_that_raises_fails_the_gate(monkeypatch):
+    failed = [{"rival": "fastvid", "failed": "RuntimeError: no"}, {"rival": "eager", "p50_ms": 1.0}]
+    monkeypatch.setattr(cpu_gate.harness, "measure", lambda *_, **__: failed)
+    (found, *_) = cpu_gate.of_rooms({}, ["modulate"], 0.1)
+    assert not found.good
+    assert "NO MATCH" in found.line()

@@ -141,7 +141,22 @@ def test_the_command_prints_every_table_and_writes_it(tmp_path, capsys):
 
 def test_the_committed_results_fill_rows_of_vdt():
     found = tables.vdt(rows.latest(rows.read(papers.RESULTS)))
-    assert any(line.ours for line in found.lines)
+    ours = [text for line in found.lines for text in line.ours]
+    assert ours
+    assert all("% of its matmul" in text for text in ours)  # never seconds alone
+
+
+def test_a_training_step_has_the_tokens_of_a_forward_and_three_times_its_work():
+    lines = {line.name: line for line in tables.vdt([]).lines}
+    step, forward = (lines[f"S {job} step 8 frames 128x128"] for job in ("training", "denoising"))
+    assert step.tokens == forward.tokens == 8 * 64
+    assert step.tflop == pytest.approx(3 * forward.tflop)
+
+
+def test_no_share_of_a_peak_where_the_device_is_not_named():
+    lines = {line.name: line for line in tables.pyramid_flow([]).lines}
+    assert lines["384p 5 s"].of_peak is None
+    assert lines["768p 5 s"].of_peak is not None
 
 
 SMALL = [

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from benchmarks import rows
+from benchmarks import compare, rows
 
 pytest.importorskip("matplotlib")
 from benchmarks import plots, report
@@ -16,7 +16,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 PLACE = {
     "machine": "A <CPU>",
     "device": "cpu",
-    "threads": 2,
+    "threads": 1,
     "torch": "2.13.0",
     "date": "2026-01-01",
     "copy_tb_per_s": 0.01,
@@ -159,6 +159,25 @@ def test_the_readme_is_renewed_between_its_marks(found, tmp_path):
     assert "old" not in text
     assert "| forward S/2 frames=8 float32 | 0.01 s | 0.0125 s | 1.25x |" in text
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_rows_of_a_run_on_a_gpu_are_shown(tmp_path):
+    """Its tests, a case that failed as a whole, a model: they have fewer columns, or others."""
+    failed = {**PLACE, "case": "modulate/x", "room": "modulate", "rival": "fastvid", "failed": "E"}
+    run = [{"case": "pytest -m gpu", "rival": "tests", "match": True}, failed, _duel(8)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in run))
+    found = rows.read(path)
+    assert [row["rival"] for row in found] == ["fastvid", "fastvid", "eager"]
+    assert "modulate/x" in report.build(found, tmp_path / "report").read_text()
+    assert [change.verdict for change in compare.compare(found, found)] == ["same"]
+
+
+def test_the_readme_shows_one_core_of_a_cpu_only(found):
+    models = [row for row in found if row["room"] == "vdt"]
+    assert len(report.table_of_models(models).splitlines()) == 2 + 2
+    others = [row | change for row in models for change in ({"threads": 2}, {"device": "cuda"})]
+    assert len(report.table_of_models(others).splitlines()) == 2
 
 
 def test_no_results_is_an_error(tmp_path):

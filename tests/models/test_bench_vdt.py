@@ -18,7 +18,7 @@ def test_quick_run(tmp_path, capsys):
     assert row["rounds"] == 2
     assert row["fastvid_peak_mib"] > row["fastvid_baseline_mib"] > 0
     assert row["wall_ratio_p20"] <= row["wall_ratio_p50"] <= row["wall_ratio_p80"]
-    assert "vdt/step S/2 frames=2 side=128 batch=1 float32" in capsys.readouterr().out
+    assert "vdt/step S/2 frames=2 side=128 batch=1 float32 depth 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["result", "gradient of weight", "change of weight"])
