@@ -42,11 +42,10 @@ class FrameLayout:
         device: torch.device | str | None = None,
     ):
         table = lengths if isinstance(lengths, Tensor) else _tensor_of(lengths)
-        if table.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"lengths must be whole numbers, got {table.dtype}")
+        _check_whole("lengths", table)
         if table.ndim not in (1, 2):
             raise ValueError(f"lengths must be (F,) or (B, F), got {tuple(table.shape)}")
-        table = table.reshape(-1, table.shape[-1])
+        table = table[None] if table.ndim == 1 else table
         self.host: tuple[tuple[int, ...], ...] | None = None
         if table.device.type == "cpu" and not torch.compiler.is_compiling():
             self.host = tuple(tuple(row) for row in table.tolist())
@@ -93,10 +92,12 @@ class Visibility:
         key_lengths: int `(B or 1, key frames)`: only so many leading tokens of a key frame are
             valid (padded text).
     Raises:
-        TypeError, ValueError: a table that is not boolean, or sizes that do not fit the layouts.
+        TypeError, ValueError: a table that is not boolean, lengths that are not whole numbers,
+            sizes that do not fit the layouts, or layouts on two devices.
 
     `a & b` sees what both see, and a frame is self-only where either says so. `a | b` sees what
-    either sees, and a frame is self-only where both say so.
+    the table of either shows, and a frame is self-only where both say so: one that is self-only
+    on one side alone follows the other side's row, and loses itself where that row hides it.
     """
 
     def __init__(
@@ -108,6 +109,9 @@ class Visibility:
         key_lengths: Tensor | Sequence | None = None,
     ):
         self.queries, self.keys = queries, queries if keys is None else keys
+        if queries.device != self.keys.device:
+            devices = f"{queries.device} and {self.keys.device}"
+            raise ValueError(f"queries and keys must be on one device, got {devices}")
         shape = (queries.frames, self.keys.frames)
         self.table = _boolean("table", table, shape, queries.device)
         self.self_only = self.key_lengths = None
@@ -117,6 +121,7 @@ class Visibility:
             self.self_only = _boolean("self_only", self_only, shape[:1], queries.device)
         if key_lengths is not None:
             valid = torch.as_tensor(key_lengths, device=queries.device)
+            _check_whole("key_lengths", valid)
             self.key_lengths = _sized("key_lengths", valid, shape[1:]).to(torch.int32)
         tables = (
             self.table, queries.offsets, self.keys.offsets, self.self_only, self.key_lengths
@@ -195,6 +200,7 @@ class Visibility:
         Source: Jin et al., arXiv:2410.05954, section 3.4.
         """
         valid = torch.as_tensor(text_lengths, device=layout.device)
+        _check_whole("text_lengths", valid)
         if valid.ndim != 1:
             raise ValueError(f"text_lengths must be (B,), got {tuple(valid.shape)}")
         stamp = (torch.arange(layout.frames, device=layout.device) - 1).clamp(min=0)
@@ -306,6 +312,11 @@ def _tensor_of(lengths: Sequence) -> Tensor:
         return torch.tensor(lengths) if len(lengths) else torch.empty(0, dtype=torch.int64)
     except (TypeError, ValueError) as error:
         raise ValueError(f"lengths must be whole numbers in lists of one size: {error}") from None
+
+
+def _check_whole(name: str, table: Tensor) -> None:
+    if table.dtype not in (torch.int32, torch.int64) and table.numel():  # [] is float32
+        raise TypeError(f"{name} must be whole numbers, int32 or int64, got {table.dtype}")
 
 
 def _sized(name: str, table: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -128,6 +128,21 @@ def test_it_is_built_on_the_meta_device():
     assert layout.tokens is None
 
 
+def test_no_frames_at_all():
+    for layout in (FrameLayout([]), FrameLayout(torch.empty(0, dtype=torch.int32))):
+        assert (layout.frames, layout.tokens, tuple(layout.offsets.shape)) == (0, 0, (1, 1))
+        assert Visibility.full(layout).rows.shape == (1, 1, 5)
+        assert Visibility.full(layout, SIX).dense(0, 14).shape == (1, 0, 14)
+
+
+def test_union_of_a_self_only_frame_follows_the_other_row():
+    alone = Visibility.identity(SIX, [True] + [False] * 5)
+    hidden = Visibility(~torch.eye(6, dtype=torch.bool), SIX)
+    assert not (hidden | hidden).dense(14, 14)[0, 0, 0]
+    assert alone.dense(14, 14)[0, 0, 0]
+    assert not (alone | hidden).dense(14, 14)[0, 0, 0]
+
+
 # ---- refusals
 
 
@@ -138,6 +153,27 @@ def test_it_is_built_on_the_meta_device():
         (lambda: FrameLayout([[1, 2], [1]]), ValueError, "lists of one size"),
         (lambda: FrameLayout([-1, 2]), ValueError, "lengths must be >= 0"),
         (lambda: FrameLayout(torch.ones(1, 1, 1).int()), ValueError, r"must be \(F,\) or \(B, F\)"),
+        (lambda: FrameLayout(torch.ones(2)), TypeError, "lengths must be whole numbers"),
+        (
+            lambda: Visibility(torch.ones(6, 6).bool(), SIX, key_lengths=[1.5] * 6),
+            TypeError,
+            "key_lengths must be whole numbers, int32 or int64, got torch.float32",
+        ),
+        (
+            lambda: Visibility(torch.ones(6, 6).bool(), SIX, key_lengths=[True] * 6),
+            TypeError,
+            "key_lengths must be whole numbers, int32 or int64, got torch.bool",
+        ),
+        (
+            lambda: Visibility.text_and_frames(SIX, [1.5]),
+            TypeError,
+            "text_lengths must be whole numbers, int32 or int64, got torch.float32",
+        ),
+        (
+            lambda: Visibility(torch.ones(6, 6).bool(), SIX, FrameLayout([1] * 6, device="meta")),
+            ValueError,
+            "queries and keys must be on one device, got cpu and meta",
+        ),
         (lambda: Visibility(torch.ones(6, 6), SIX), TypeError, "table must be boolean"),
         (
             lambda: Visibility(torch.ones(5, 6).bool(), SIX),
