@@ -94,6 +94,7 @@ class _Turn:
     def __init__(self, x: Tensor, cos, sin, index, dims, interleaved):
         self.dims, self.interleaved, self.angles = dims, interleaved, None
         if cos is not None:
+            _expect_rows(index, len(cos))
             joint = torch.complex(_wide(cos, x), _wide(sin, x))
             tables = joint.split([dim // 2 for dim in dims], dim=1)
             angles = torch.cat([t[index[..., i]] for i, t in enumerate(tables)], dim=-1)
@@ -117,6 +118,14 @@ class _Turn:
             a.copy_(first)
             channel += dim
         return rows
+
+
+def _expect_rows(index: Tensor, length: int) -> None:
+    """Raise ValueError for a row below 0, which indexing would count from the end, or too high."""
+    if index.numel():
+        lowest, highest = (end.item() for end in index.aminmax())
+        if lowest < 0 or highest >= length:
+            raise ValueError(f"rotary.rows must be in [0, {length}), got {lowest} to {highest}")
 
 
 def _wide(tensor: Tensor | None, like: Tensor):

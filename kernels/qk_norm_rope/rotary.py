@@ -1,6 +1,7 @@
 """Rotary positions: tables of cosines and sines, and which rows of them each token takes."""
 
 from collections.abc import Sequence
+from math import nan
 from typing import NamedTuple
 
 import torch
@@ -58,23 +59,25 @@ class Rotary(NamedTuple):
                 dtype, such as `rotary_table` makes. Axis 0 turns the first channels of a head,
                 axis 1 those behind them; channels behind the last axis are not turned.
             rows: (B or 1, N, axes) int32, of the tables. Positions that are fractions are
-                rows of a table like any other. Rows that do not exist are the caller's fault: a
-                GPU does not check them.
+                rows of a table like any other. A row behind the end of its table makes NaN; one
+                below 0 or behind the longest is refused on the CPU, a GPU does not check it.
             interleaved: pairs of an axis are its channels (0, 1), (2, 3), ...; else
                 (0, dim / 2), (1, dim / 2 + 1), ...
         Raises:
             TypeError: an argument is not a tensor, or its dtype is not the one above.
             ValueError: a shape or device is not the one above, or there are no or too many axes.
         """
-        if not 1 <= len(tables) <= MOST_AXES:
-            raise ValueError(f"tables must be of 1 to {MOST_AXES} axes, got {len(tables)}")
+        _expect_axes("tables", len(tables))
         length = 0
         for axis, (cos, sin) in enumerate(tables):
             sizes = expect_shape(f"tables[{axis}][0]", cos, "length pairs")
             expect_shape(f"tables[{axis}][1]", sin, "length pairs", sizes)
             length = max(length, sizes["length"])
-        cos, sin = (
-            torch.cat([pad(pair[i], (0, 0, 0, length - len(pair[i]))) for pair in tables], dim=1)
+        cos, sin = (  # behind the end of a shorter table there is no position, so no number
+            torch.cat(
+                [pad(pair[i], (0, 0, 0, length - len(pair[i])), value=nan) for pair in tables],
+                dim=1,
+            )
             for i in range(2)
         )
         rotary = cls(cos, sin, rows, tuple(2 * c.shape[1] for c, _ in tables), interleaved)
@@ -87,6 +90,7 @@ def expect_rotary(rotary: Rotary, sizes: dict[str, int]) -> None:
     if not isinstance(rotary, Rotary):
         raise TypeError(f"rotary must be a Rotary, got {type(rotary).__name__}")
     cos, sin, rows, dims, _ = rotary
+    _expect_axes("rotary.dims", len(dims))
     expect_shape("rotary.rows", rows, f"B|1 N {len(dims)}", sizes)
     if rows.dtype != torch.int32:
         raise TypeError(f"rotary.rows must be int32, got {rows.dtype}")
@@ -99,3 +103,8 @@ def expect_rotary(rotary: Rotary, sizes: dict[str, int]) -> None:
     for name, tensor in (("rotary.cos", cos), ("rotary.sin", sin)):
         expect_float(name, tensor)
         expect_device(name, tensor, "rotary.rows", rows)
+
+
+def _expect_axes(name: str, axes: int) -> None:
+    if not 1 <= axes <= MOST_AXES:
+        raise ValueError(f"{name} must be of 1 to {MOST_AXES} axes, got {axes}")

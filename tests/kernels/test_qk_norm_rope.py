@@ -121,6 +121,15 @@ def test_gradcheck(norm, turn):
     assert torch.autograd.gradcheck(f, (q, k, *affine.values()), fast_mode=True)
 
 
+def test_rows_behind_the_end_of_a_shorter_table_are_no_numbers():
+    rows = torch.tensor([[1, 4], [2, 4]], dtype=torch.int32)[None]
+    rotary = Rotary.of([rotary_table(2, 8), rotary_table(5, 8)], rows)
+    turned, _ = qk_norm_rope(*torch.ones(2, 1, 2, 1, 24), norm=None, rotary=rotary)
+    assert turned[0, 0].isfinite().all()
+    assert turned[0, 1, 0, :8].isnan().all()
+    assert turned[0, 1, 0, 8:].isfinite().all()
+
+
 def test_position_zero_and_channels_behind_the_axes_are_not_turned():
     q, k = torch.randn(2, 1, 4, 2, 24)
     rotary = Rotary.of([rotary_table(5, 16)], torch.tensor([0, 1, 2, 0]).int().view(1, 4, 1))
@@ -279,6 +288,7 @@ def test_second_derivative_is_refused():
 Q, W = torch.zeros(2, 4, 3, 16), torch.zeros(16)
 INDEX = torch.zeros(1, 4, 1, dtype=torch.int32)
 ROTARY = Rotary.of([rotary_table(3, 8)], INDEX)
+FOUR_AXES = Rotary(*rotary_table(3, 8), INDEX.expand(-1, -1, 4), (2, 2, 2, 2))
 
 
 @pytest.mark.parametrize(
@@ -316,6 +326,16 @@ ROTARY = Rotary.of([rotary_table(3, 8)], INDEX)
         ),
         (Q, Q, {"rotary": ROTARY._replace(dims=(24,))}, ValueError, "no more than E=16.*24"),
         (Q, Q, {"rotary": ROTARY._replace(dims=(7,))}, ValueError, "even and positive.*7"),
+        (Q, Q, {"rotary": FOUR_AXES}, ValueError, "rotary.dims must be of 1 to 3 axes, got 4"),
+        (Q, Q, {"rotary": ROTARY._replace(dims=())}, ValueError, "1 to 3 axes, got 0"),
+        (
+            Q,
+            Q,
+            {"rotary": ROTARY._replace(rows=INDEX + 3)},
+            ValueError,
+            r"rows must be in \[0, 3\)",
+        ),
+        (Q, Q, {"rotary": ROTARY._replace(rows=INDEX - 9)}, ValueError, r"got -9 to -\d"),
     ],
 )
 def test_refuses(q, k, given, error, says):
@@ -326,7 +346,7 @@ def test_refuses(q, k, given, error, says):
 @pytest.mark.parametrize(
     ("tables", "index", "error", "says"),
     [
-        ([], INDEX, ValueError, "1 to 3 axes, got 0"),
+        ([], INDEX, ValueError, "tables must be of 1 to 3 axes, got 0"),
         ([(W, W)], INDEX, ValueError, r"tables\[0\]\[0\] must be \(length, pairs\)"),
         ([(Q[0, 0], Q[0, 0, :2])], INDEX, ValueError, r"tables\[0\]\[1\] must be .*length=3"),
         ([rotary_table(3, 8)], INDEX.long(), TypeError, "rows must be int32, got torch.int64"),
