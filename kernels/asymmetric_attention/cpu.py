@@ -35,7 +35,7 @@ def forward(q, k, v, known, scale, clip):
 
 
 def backward(dout, q, k, v, out, lse, known, scale, clip):
-    """dq, dk and dv; sums over calls and samples are float32 (float64 for float64)."""
+    """dq, dk and dv; sums over calls and samples are float32 (float64 for float64), rounded once."""
     dout, q, k, v = (rows_together(x) for x in (dout, q, k, v))
     shape = k.shape
     if _copying_keys_pays(q, k, known, clip):
@@ -43,8 +43,8 @@ def backward(dout, q, k, v, out, lse, known, scale, clip):
     blocks = _blocks([dout, q, out], k, v, known, clip)
     if known is None and len(blocks) == 1:
         grads = _backward_block(dout, q, k, v, out, lse, blocks[0], scale, clip)
-        dq, dk, dv = (grad.to(q.dtype).contiguous() for grad in grads)
-        return dq, dk.sum_to_size(shape), dv.sum_to_size(shape)
+        grads = grads[0], *(_over_samples(grad, shape) for grad in grads[1:])
+        return tuple(grad.to(q.dtype).contiguous() for grad in grads)
     dq = q.new_zeros(q.shape)
     dk, dv = (x.new_zeros(x.shape, dtype=wide(q.dtype)) for x in (k, v))
     for block in blocks:
@@ -52,12 +52,17 @@ def backward(dout, q, k, v, out, lse, known, scale, clip):
         dq[block] = part[0]
         for whole, grad in zip((dk, dv), part[1:], strict=True):
             whole[_seen(whole, block, clip)] += grad
-    return dq, dk.to(q.dtype).sum_to_size(shape), dv.to(q.dtype).sum_to_size(shape)
+    return dq, *(_over_samples(grad, shape).to(q.dtype) for grad in (dk, dv))
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """Of sums: float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def _over_samples(grad: Tensor, shape: torch.Size) -> Tensor:
+    """The sum over samples where `shape`, of what they share, has one: float32, not rounded yet."""
+    return grad if grad.shape == shape else grad.sum(0, keepdim=True, dtype=wide(grad.dtype))
 
 
 def rows(x: Tensor, clip: bool) -> Tensor:
@@ -139,7 +144,7 @@ def _backward_block(dout, q, k, v, out, lse, block, scale, clip):
         part = [x.float() for x in part]
     dq, *dkv = _attend_backward(*part, lse.contiguous(), 0.0, False, scale=scale)
     dk, dv = (
-        grad.transpose(1, 2).unflatten(1, x.shape[1:3]).sum_to_size(x.shape)
+        _over_samples(grad.transpose(1, 2).unflatten(1, x.shape[1:3]), x.shape)
         if clip
         else grad.transpose(1, 2).reshape(x.shape)
         for grad, x in zip(dkv, (k, v), strict=True)

@@ -372,6 +372,15 @@ def test_refuses(tensors, options, error, says):
         asymmetric_attention(*tensors, **options)
 
 
+def test_gradients_of_shared_keys_are_rounded_once(rand):
+    q, dout = rand(8, 2, 32, 2, 16).bfloat16(), rand(8, 2, 32, 2, 16).bfloat16()
+    k, v = rand(2, 1, 2, 8, 2, 16).bfloat16()
+    dv = ours(q, k, v, dout)[3].double()
+    exact = ours(*(x.double() for x in (q, k, v, dout)))[3]
+    rounding = (exact.bfloat16().double() - exact).square().mean().sqrt()
+    assert (dv - exact).square().mean().sqrt() < 1.1 * rounding
+
+
 def test_refuses_a_second_derivative():
     q = torch.randn(1, 1, 2, 1, 16, requires_grad=True)
     (grad,) = torch.autograd.grad(asymmetric_attention(q, q, q).sum(), q, create_graph=True)
