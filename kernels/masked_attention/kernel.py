@@ -24,6 +24,7 @@ from .._shared.views import rows_together
 from . import descriptors
 from .tiles import Blocks, advance, own_tile, span, steps
 
+GRID_LIMIT = 65535  # CUDA's, on every axis of a grid but the first
 # By the padded head width, for 16-bit and for 32-bit inputs: the largest found that spill nothing
 # on any of the budgeted architectures. Float32 wider than 64 may. One table serves all
 # until a measurement splits it.
@@ -343,6 +344,11 @@ def _constants(E: int, dtype: torch.dtype) -> dict:
 
 
 def _grid(table: Tensor, tokens: int, heads: int, blocks: Blocks) -> tuple[int, int]:
+    if heads > GRID_LIMIT:
+        raise NotImplementedError(
+            f"B * heads must be at most {GRID_LIMIT}, CUDA's limit on this axis of a grid,"
+            f" got B * heads = {heads}"
+        )
     # Each frame may leave a part of a tile; how many there are is known on the device only.
     return triton.cdiv(tokens, blocks.rows) + table.shape[1], heads
 

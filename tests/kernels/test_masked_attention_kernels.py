@@ -261,3 +261,13 @@ def test_gpu_compiles_once_and_launches_one_variant(rand):
             torch.testing.assert_close(found, wanted)
             seen.append(sum(len(cache[0]) for cache in kernel._forward.device_caches.values()))
     assert seen[0] == seen[-1]
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_more_heads_than_a_grid_holds_are_refused():
+    from fastvid.kernels.masked_attention import kernel
+
+    table, blocks = torch.empty(1, 3, 5), kernel.Blocks(64, 64, 4, 2)
+    assert kernel._grid(table, 100, 65535, blocks) == (5, 65535)
+    with pytest.raises(NotImplementedError, match=r"at most 65535, .* got B \* heads = 65536"):
+        kernel._grid(table, 100, 65536, blocks)
