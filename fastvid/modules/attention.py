@@ -102,6 +102,7 @@ class MaskedSelfAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
+        _check_heads(dim, heads)
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)  # rows ordered q, k, v, then head
         self.proj = nn.Linear(dim, dim)
@@ -138,6 +139,7 @@ class AsymmetricCrossAttention(nn.Module):
         qk_norm: Callable[[int], nn.Module] | None = None,
     ):
         super().__init__()
+        _check_heads(dim, heads)
         self.heads = heads
         self.scope = scope
         self.q = nn.Linear(dim, dim)
@@ -167,6 +169,11 @@ class AsymmetricCrossAttention(nn.Module):
         q = self.q_norm(q).to(q.dtype).unflatten(-1, (self.heads, -1))
         out = asymmetric_attention(q, *context, scope=self.scope, known=known)
         return self.proj(out.flatten(-2))
+
+
+def _check_heads(dim: int, heads: int) -> None:
+    if heads < 1 or dim % heads:
+        raise ValueError(f"dim must be a multiple of heads, got dim={dim} and heads={heads}")
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, split: tuple[int, int, int, int]) -> Tensor:

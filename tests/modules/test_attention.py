@@ -1,5 +1,7 @@
 """Attention over one axis equals the same on moved tokens; over frames, that of the frames."""
 
+import functools
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -8,7 +10,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from fastvid.functional import FrameLayout, Visibility
-from fastvid.modules.attention import MaskedSelfAttention, SpatialAttention, TemporalAttention
+from fastvid.modules.attention import (
+    AsymmetricCrossAttention,
+    MaskedSelfAttention,
+    SpatialAttention,
+    TemporalAttention,
+)
 
 
 def plain(module, x):
@@ -65,6 +72,15 @@ def test_masked(rand):
     frames = plain(module, x.reshape(6, 7, 32)).view(x.shape)
     torch.testing.assert_close(module(x, alone), frames, atol=1e-6, rtol=1e-5)
     assert sorted(module.state_dict()) == ["proj.bias", "proj.weight", "qkv.bias", "qkv.weight"]
+
+
+@pytest.mark.parametrize("heads", [3, 0])
+@pytest.mark.parametrize(
+    "make", [MaskedSelfAttention, functools.partial(AsymmetricCrossAttention, context_dim=24)]
+)
+def test_heads_divide_the_width(make, heads):
+    with pytest.raises(ValueError, match=f"multiple of heads, got dim=32 and heads={heads}"):
+        make(32, heads)
 
 
 @pytest.fixture
