@@ -119,7 +119,8 @@ def _normalize(a, b, real, eps, COUNT: tl.constexpr, NORM: tl.constexpr, ACROSS:
         a = tl.where(real, a - mean, 0.0)
         b = tl.where(real, b - mean, 0.0)
     rstd = tl.rsqrt(_sum(a * a, b * b, ACROSS) / COUNT + eps)
-    return a * rstd, b * rstd, rstd
+    # Rows that are only padding have no deviation: without an eps, 0 times infinity.
+    return tl.where(real, a * rstd, 0.0), tl.where(real, b * rstd, 0.0), rstd
 
 
 @triton.jit

@@ -8,6 +8,7 @@ import torch
 from fastvid.functional import qk_norm_rope
 from tests.kernels.qk_norm_rope_cases import (
     BACKWARD,
+    GRADIENTS,
     LAYOUTS,
     NORMS,
     OP,
@@ -75,6 +76,19 @@ def test_kernel_takes_any_strides(rand, layout):
     wanted = *launch(*near, *rule), *launch_backward(*close, *near, *rule)
     for a, b in zip(found, wanted, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in the padding
+@pytest.mark.parametrize("norm", ["rms per head", "layer per head", "layer across heads"])
+def test_padding_is_no_row_without_deviation(rand, norm):
+    """Heads up to the next power of two and tokens behind the last are 0; with eps 0, 1 / 0."""
+    q, k, douts, affine, rotary = make(rand, 1, 5, 3, 24, norm, "one axis")
+    rule = arguments(norm, affine, rotary, eps=0.0)
+    found = launch_backward(*douts, q, k, *rule)
+    wanted = BACKWARD(*douts, q, k, *rule)
+    for name, a, b in zip(GRADIENTS, found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.usefixtures("interpreter")
