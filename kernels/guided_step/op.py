@@ -159,6 +159,8 @@ def guided_step(
     if out.dtype != x.dtype or not out.is_contiguous():
         raise ValueError(f"out must be contiguous and {x.dtype} like x, got {out.dtype}")
     _guided_step_into(*arguments, out)
+    if not torch.compiler.is_compiling():  # a compiled graph sees the write in the op's schema
+        torch.autograd.graph.increment_version(out)
     return out
 
 

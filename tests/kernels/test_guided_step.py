@@ -186,6 +186,15 @@ def test_in_place(cpu_path, kind, dtype):
     assert torch.equal(x, wanted)
 
 
+def test_a_gradient_through_what_was_written_over_is_refused(cpu_path):
+    x, weight = torch.ones(1, 1, 1, 2, 2), torch.ones(1, requires_grad=True)
+    product = x * weight
+    with torch.no_grad():
+        guided_step(x, x, TABLES["ddim"], torch.tensor(0), out=x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+
+
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
 @pytest.mark.parametrize("kind", ["frames", "cells"])
 def test_any_strides(cpu_path, layout, kind):
