@@ -28,6 +28,12 @@ def identity(lengths: list[int], given: int, device) -> Visibility:
     return Visibility.identity(FrameLayout(lengths, device=device), known)
 
 
+def every_other(lengths: list[int], device) -> Visibility:
+    """The frames 0, 2, 4 and so on are known."""
+    known = [frame % 2 == 0 for frame in range(len(lengths))]
+    return Visibility.identity(FrameLayout(lengths, device=device), known)
+
+
 def causal(lengths: list[int], device) -> Visibility:
     """Frame-causal."""
     return Visibility.causal(FrameLayout(lengths, device=device))
@@ -68,10 +74,13 @@ GPU = {
 }
 CPU = {
     "identity 9 of 17, 256": (lambda d: identity([256] * 17, 9, d), 1, 4, 64),
+    "every other of 17, 256": (lambda d: every_other([256] * 17, d), 1, 4, 64),
     "causal, 256": (lambda d: causal([256] * 16, d), 1, 4, 64),
     "identity 9 of 17, 128": (lambda d: identity([128] * 17, 9, d), 1, 8, 64),
+    "every other of 17, 128": (lambda d: every_other([128] * 17, d), 1, 8, 64),
     "causal, 128": (lambda d: causal([128] * 16, d), 1, 8, 64),
     "identity 9 of 17, 64": (lambda d: identity([64] * 17, 9, d), 1, 8, 64),
+    "every other of 17, 64": (lambda d: every_other([64] * 17, d), 1, 8, 64),
     "causal, 64": (lambda d: causal([64] * 16, d), 1, 8, 64),
     "MarDini P joint": (lambda d: identity([256] * 13, 5, d), 1, 4, 128),
     "Pyramid last unit": (lambda d: pyramid([n // 4 for n in HISTORY], d), 1, 4, 64),
