@@ -35,7 +35,7 @@ def forward(q, k, v, known, scale, clip):
 
 
 def backward(dout, q, k, v, out, lse, known, scale, clip):
-    """dq, dk and dv; sums over calls and samples are float32 (float64 for float64), rounded once."""
+    """dq, dk and dv; sums over calls and samples are `wide` and rounded once."""
     dout, q, k, v = (rows_together(x) for x in (dout, q, k, v))
     shape = k.shape
     if _copying_keys_pays(q, k, known, clip):

@@ -31,8 +31,9 @@ class Blocks(NamedTuple):
 
 
 # By the padded head width, for 16-bit and for 32-bit inputs: the largest found that spill nothing
-# on any of the budgeted architectures. Float32 wider than 64 may. One table serves all
-# until a measurement splits it.
+# on any of the budgeted architectures under Triton 3.7; under 3.6 three variants take 16 or 32
+# bytes of stack (`budget.json`). Float32 wider than 64 may spill. One table serves all until a
+# measurement splits it.
 FORWARD = {
     16: {
         64: Blocks(128, 64, 8, 3),
