@@ -180,8 +180,8 @@ def noising(
         target: `"eps"`, `"v"` = alpha * eps - sigma * x0, `"flow"` = eps - x0, or `"x0"`, at the
             level of each cell.
     Returns:
-        noisy, target: (B, C, T, H, W), contiguous, dtype of `x0`. The target is `noise` or `x0`
-        itself where it is that. Differentiable with respect to `x0` and `noise`.
+        noisy, target: (B, C, T, H, W), dtype of `x0`. Both are contiguous, but a target that was
+        given, `x0` or `noise`, is that tensor itself. Differentiable in `x0` and `noise`.
     Raises:
         TypeError, ValueError: an argument is not as above, or not exactly one of noise and seed.
     Source: Ho et al., arXiv:2006.11239; Salimans & Ho, arXiv:2202.00512 (v); Lipman et al.,
