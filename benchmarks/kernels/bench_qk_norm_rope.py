@@ -7,6 +7,7 @@ import torch._functorch.config as functorch
 import torch.nn.functional as F
 
 from benchmarks.harness import Case, forward_of
+from benchmarks.rivals import packages
 from fastvid.functional import Rotary, qk_norm_rope, rotary_table
 from fastvid.kernels.qk_norm_rope import reference
 
@@ -92,8 +93,9 @@ def _case(name, forward, norm, across, grid, heads, E, dims, dtype, device, quic
     missing = {}
     if not quick:
         rivals["compile"] = torch.compile(eager, dynamic=False)
-    if importlib.util.find_spec("liger_kernel") is None:
-        missing["liger"] = "pip install liger-kernel"
+    module, install = packages.PACKAGES["liger"]
+    if device.type != "cuda" or importlib.util.find_spec(module) is None:
+        missing["liger"] = f"needs a GPU, and {install}"
     bind = forward_of if forward else _backward_of_both
     return Case(
         room="qk_norm_rope",
