@@ -135,3 +135,10 @@ JITFunction.__getitem__ = lambda self, grid: functools.partial(self.warmup, grid
 count = lambda kernel: sum(len(cache[0]) for cache in kernel.device_caches.values())
 """
     return lambda code: child(prelude + code, interpret=False)
+
+
+def pytest_collection_modifyitems(items):
+    """What another Triton may break, for `-m triton`."""
+    for item in items:
+        if {"interpreter", "compilations"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.triton)
