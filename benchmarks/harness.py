@@ -61,15 +61,16 @@ def forward_of(function: Callable[..., Tensor]) -> Callable[..., Thunk]:
     return bind
 
 
-def backward_of(function: Callable[..., Tensor]) -> Callable[..., Thunk]:
-    """Time the gradients of `function(*inputs)`; the last input is that of the result."""
+def backward_of(function: Callable[..., Any], results: int = 1) -> Callable[..., Thunk]:
+    """Time the gradients of `function(*inputs)`; the last inputs are those of its results."""
 
     def bind(*inputs):
-        *leaves, grad = (tensor.detach() for tensor in inputs)
-        leaves = [leaf.requires_grad_() for leaf in leaves]
+        inputs = [tensor.detach() for tensor in inputs]
+        leaves = [leaf.requires_grad_() for leaf in inputs[:-results]]
         with functorch.patch(donated_buffer=False):  # a graph walked twice keeps its buffers
-            result = function(*leaves)
-        return lambda: torch.autograd.grad(result, leaves, grad.to(result.dtype), retain_graph=True)
+            found = _tensors(function(*leaves))
+        grads = [grad.to(x.dtype) for grad, x in zip(inputs[-results:], found, strict=True)]
+        return lambda: torch.autograd.grad(found, leaves, grads, retain_graph=True)
 
     return bind
 

@@ -1,7 +1,8 @@
 """The ops of the room against the lines that users write and against `torch.compile` of them."""
 
+import functools
+
 import torch
-import torch._functorch.config as functorch
 import torch.nn.functional as F
 
 from benchmarks.harness import Case, backward_of, forward_of
@@ -80,8 +81,7 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
 def _case(op, direction, B, N, D, dtype, device, quick):
     ours, eager, oracle, inputs, rows, results = OPS[op]
     forward = direction == "forward"
-    backward = backward_of if results == 1 else _backward_of_both
-    bind = forward_of if forward else backward
+    bind = forward_of if forward else functools.partial(backward_of, results=results)
     rivals = {"fastvid": ours, "eager": eager}
     if not quick:
         rivals["compile"] = torch.compile(eager, dynamic=False)
@@ -106,16 +106,3 @@ def _case(op, direction, B, N, D, dtype, device, quick):
         nbytes=bytes_moved(forward, B, N, D, dtype.itemsize, op),
         missing=missing,
     )
-
-
-def _backward_of_both(function):
-    """As `backward_of`, of two results: the last two inputs are their gradients."""
-
-    def bind(*inputs):
-        *leaves, dsum, dy = (tensor.detach() for tensor in inputs)
-        leaves = [leaf.requires_grad_() for leaf in leaves]
-        with functorch.patch(donated_buffer=False):  # a graph walked twice keeps its buffers
-            found = function(*leaves)
-        return lambda: torch.autograd.grad(found, leaves, (dsum, dy), retain_graph=True)
-
-    return bind

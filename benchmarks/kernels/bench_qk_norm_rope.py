@@ -1,12 +1,12 @@
 """`qk_norm_rope` against the lines that users write and against `torch.compile` of them."""
 
+import functools
 import importlib.util
 
 import torch
-import torch._functorch.config as functorch
 import torch.nn.functional as F
 
-from benchmarks.harness import Case, forward_of
+from benchmarks.harness import Case, backward_of, forward_of
 from benchmarks.rivals import packages
 from fastvid.functional import Rotary, qk_norm_rope, rotary_table
 from fastvid.kernels.qk_norm_rope import reference
@@ -96,7 +96,7 @@ def _case(name, forward, norm, across, grid, heads, E, dims, dtype, device, quic
     module, install = packages.PACKAGES["liger"]
     if device.type != "cuda" or importlib.util.find_spec(module) is None:
         missing["liger"] = f"needs a GPU, and {install}"
-    bind = forward_of if forward else _backward_of_both
+    bind = forward_of if forward else functools.partial(backward_of, results=2)
     return Case(
         room="qk_norm_rope",
         name=name,
@@ -120,16 +120,3 @@ def _positions(grid, dims, device):
         for side, dim in zip(sides, dims, strict=True)
     ]
     return T * H * W, Rotary.of(tables, index.int()[None])
-
-
-def _backward_of_both(function):
-    """As `harness.backward_of`, of two results: the last two inputs are their gradients."""
-
-    def bind(*inputs):
-        *leaves, dq, dk = (tensor.detach() for tensor in inputs)
-        leaves = [leaf.requires_grad_() for leaf in leaves]
-        with functorch.patch(donated_buffer=False):  # a graph walked twice keeps its buffers
-            found = function(*leaves)
-        return lambda: torch.autograd.grad(found, leaves, (dq, dk), retain_graph=True)
-
-    return bind

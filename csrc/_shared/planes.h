@@ -4,7 +4,6 @@
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -65,12 +64,5 @@ struct Known {
 
 // Planes that one thread takes at a time.
 inline int64_t grain(int64_t plane) { return std::max<int64_t>(1, 32768 / plane); }
-
-// call(float{}) or call(bf16{}), by the dtype of the tensor.
-template <typename Call>
-void with_type(const torch::stable::Tensor& tensor, Call call) {
-  if (tensor.scalar_type() == torch::headeronly::ScalarType::Float) call(float{});
-  else call(bf16{});
-}
 
 }  // namespace fastvid

@@ -1,10 +1,11 @@
-// What loops over rows of numbers share on the CPU: dtypes, vector widths, blocks of noise.
+// What loops over rows of numbers share on the CPU: vector widths, blocks of noise.
 
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
+#include "cpu.h"
 #include "philox.h"
 
 // Compiled for wider vectors too; the widest that the machine has is chosen when the library loads.
@@ -17,16 +18,10 @@
 
 namespace fastvid {
 
-using bf16 = uint16_t;
-
-inline float widen(float value) { return value; }
-inline float widen(bf16 value) { return same_bits<float>(uint32_t(value) << 16); }
-
-inline void narrow(float value, float* out) { *out = value; }
-inline void narrow(float value, bf16* out) {  // to nearest, ties to even; NaN stays NaN
-  const uint32_t bits = same_bits<uint32_t>(value);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  *out = bf16(value != value ? 0x7fc0 : rounded);
+template <typename X>
+FOR_EVERY_CPU void widen_row(const X* from, int64_t count, float* to) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) to[i] = widen(from[i]);
 }
 
 constexpr int64_t kNoiseBlock = 512;  // normals that are drawn together, a multiple of 4

@@ -21,11 +21,6 @@ using torch::stable::Tensor;
 
 constexpr int64_t kPiece = kNoiseBlock;
 
-FOR_EVERY_CPU void widen_row(const bf16* from, int64_t count, float* to) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) to[i] = widen(from[i]);
-}
-
 // A tensor whose rows are read as float32: where they lie, or through a buffer.
 class Rows {
  public:

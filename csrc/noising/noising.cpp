@@ -96,12 +96,6 @@ FOR_EVERY_CPU void row_of_cells(const X* x, const float* eps, const bool* known,
   }
 }
 
-template <typename X>
-FOR_EVERY_CPU void widen_row(const X* x, int64_t count, float* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) out[i] = widen(x[i]);
-}
-
 void noising(Tensor x0, Tensor alpha, Tensor sigma, std::optional<Tensor> noise,
              std::optional<Tensor> seeds, int64_t stream, std::optional<Tensor> known,
              std::optional<Tensor> known_alpha, std::optional<Tensor> known_sigma,

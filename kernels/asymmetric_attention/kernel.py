@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .._shared.tiles import LN2, LOG2E, load_tile, precision, split, store_tile
 from .._shared.variants import Variant
-from .._shared.views import merges, rows_together
+from .._shared.views import bytes_of, merges, rows_together, steps_of
 
 
 class Blocks(NamedTuple):
@@ -343,17 +343,17 @@ def launch_forward(
         (q,), k, v, clip = _long_frames([q], k, v, known, clip)
         _, T, N, _, _ = q.shape
         blocks, sizes = _blocks(FORWARD, q), _sizes(q, k, known, clip)
-        unit, steps = _steps(q, k, v)
+        unit, steps = steps_of(q, k, v)
         if k.shape[2] <= RESIDENT and (k.shape[1] == 1 or not clip):
             tiles = _tiles_each(B * T * heads, triton.cdiv(N, blocks.rows))
             _forward_resident[(B * T * heads * triton.cdiv(N, tiles * blocks.rows),)](
-                q, k, v, _bytes(known), out, lse, *steps, *sizes, tiles, scale,
+                q, k, v, bytes_of(known), out, lse, *steps, *sizes, tiles, scale,
                 **_constants(E, q.dtype), UNIT=unit, BLOCK_N=blocks.rows, BLOCK_M=RESIDENT,
                 num_warps=blocks.warps, num_stages=blocks.stages,
             )  # fmt: skip
         else:
             _forward[(B * T * heads * triton.cdiv(N, blocks.rows),)](
-                q, k, v, _bytes(known), out, lse, *steps, *sizes, scale,
+                q, k, v, bytes_of(known), out, lse, *steps, *sizes, scale,
                 **_constants(E, q.dtype), UNIT=unit, BLOCK_N=blocks.rows, BLOCK_M=blocks.steps,
                 num_warps=blocks.warps, num_stages=blocks.stages,
             )  # fmt: skip
@@ -369,12 +369,12 @@ def launch_backward(
     delta = lse.new_empty(lse.shape)
     (dout, q), k, v, clip = _long_frames([dout, q], k, v, known, clip)
     B, T, N, heads, E = q.shape
-    unit, steps = _steps(dout, q, k, v)
+    unit, steps = steps_of(dout, q, k, v)
     sizes, constants = _sizes(q, k, known, clip), _constants(E, q.dtype)
     if dq.numel():
         blocks = _blocks(BACKWARD_Q, q)
         _backward_q[(B * T * heads * triton.cdiv(N, blocks.rows),)](
-            dout, q, k, v, _bytes(known), out, lse, delta, dq, *steps, *sizes, scale,
+            dout, q, k, v, bytes_of(known), out, lse, delta, dq, *steps, *sizes, scale,
             **constants, UNIT=unit, BLOCK_N=blocks.rows, BLOCK_M=blocks.steps,
             num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
@@ -387,7 +387,7 @@ def launch_backward(
         if parts > 1:
             sums = tuple(x.new_empty((parts, *x.shape), dtype=torch.float32) for x in sums)
         _backward_kv[(programs, parts)](
-            dout, q, k, v, _bytes(known), lse, delta, *sums, *steps, *sizes,
+            dout, q, k, v, bytes_of(known), lse, delta, *sums, *steps, *sizes,
             B // samples, scale,
             **constants, UNIT=unit, BLOCK_M=blocks.rows, BLOCK_N=blocks.steps,
             num_warps=blocks.warps, num_stages=blocks.stages,
@@ -432,20 +432,6 @@ def _constants(E: int, dtype: torch.dtype) -> dict:
 def _sizes(q: Tensor, k: Tensor, known: Tensor | None, clip: bool) -> tuple[int, ...]:
     steps = (0, 0) if known is None else known.stride()
     return *steps, q.shape[3], *q.shape[1:3], *k.shape[1:3], int(clip)
-
-
-def _steps(*tensors: Tensor) -> tuple[int, list[int]]:
-    """Strides of all axes but the last, in units of 8 numbers (one load) where they are such.
-
-    The stride of an axis of size 1 is arbitrary; 0 also makes one sample serve all.
-    """
-    steps = [0 if x.shape[i] == 1 else x.stride(i) for x in tensors for i in range(4)]
-    unit = 1 if any(step % 8 for step in steps) else 8
-    return unit, [step // unit for step in steps]
-
-
-def _bytes(known: Tensor | None) -> Tensor | None:
-    return None if known is None else known.view(torch.uint8)
 
 
 def _variant(name: str, kernel, table, E: int, dtype: str = "bf16", known: bool = False) -> Variant:

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from .._shared.views import rows_together
+
 KNOWN = (torch.float32, torch.bfloat16)
 
 
@@ -17,7 +19,7 @@ def serves(stream: torch.dtype, branch: Iterable[torch.dtype], *rows: Tensor | N
 
 def add_backward(dsum, h, gate):
     """dh, dgate."""
-    dsum, h, rows = _rows_together(dsum, h, gate)
+    dsum, h, rows = _all_rows_together(dsum, h, gate)
     dh = h.new_empty(h.shape)
     if not dh.numel():
         return dh, gate.new_zeros(gate.shape)
@@ -28,7 +30,7 @@ def add_backward(dsum, h, gate):
 
 def forward(x, h, gate, shift, scale, rms, eps, dtype):
     """The sum (None without h), y, mean, rstd."""
-    x, h, gate, shift, scale = _rows_together(x, h, gate, shift, scale)
+    x, h, gate, shift, scale = _all_rows_together(x, h, gate, shift, scale)
     total = None if h is None else x.new_empty(x.shape)
     y = x.new_empty(x.shape, dtype=dtype)
     rstd = x.new_empty(x.shape[:2], dtype=torch.float32)
@@ -42,7 +44,7 @@ def forward(x, h, gate, shift, scale, rms, eps, dtype):
 
 def backward(dsum, dy, total, h, gate, scale, mean, rstd, rms):
     """dx, dh, dgate, dshift, dscale; dh and dgate are empty without a gate."""
-    dsum, dy, total, h, gate, scale = _rows_together(dsum, dy, total, h, gate, scale)
+    dsum, dy, total, h, gate, scale = _all_rows_together(dsum, dy, total, h, gate, scale)
     make = torch.Tensor.new_empty if total.numel() else torch.Tensor.new_zeros
     dx, dshift, dscale = (make(t, t.shape) for t in (total, scale, scale))
     dh, dgate = (make(total, 0) if t is None else make(t, t.shape) for t in (h, gate))
@@ -54,5 +56,5 @@ def backward(dsum, dy, total, h, gate, scale, mean, rstd, rms):
     return dx, dh, dgate, dshift, dscale
 
 
-def _rows_together(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [t if t is None or t.stride(-1) == 1 else t.contiguous() for t in tensors]
+def _all_rows_together(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [t if t is None else rows_together(t) for t in tensors]

@@ -59,10 +59,6 @@ def sum_chunks(
     )  # fmt: skip
 
 
-def rows_together(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 def split(N: int, D: int, modulation: Tensor) -> tuple[int, int, int]:
     """Groups per sample, tokens per group, BLOCK_D."""
     groups = modulation.shape[1] if modulation.dim() == 3 else 1

@@ -12,12 +12,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .._shared.variants import Variant
+from .._shared.views import rows_together
 from . import residual
 from .groups import (
     SUM_PARTIALS,
     block_d_of,
     chunks_of,
-    rows_together,
     split,
     strides,
     sum_chunks,

@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .._shared.variants import Variant
-from .groups import block_d_of, chunks_of, rows_together, split, strides, sum_chunks
+from .._shared.views import rows_together
+from .groups import block_d_of, chunks_of, split, strides, sum_chunks
 
 # (BLOCK_N, warps) by BLOCK_D: as in `kernel.py`, half the rows: there are twice the streams.
 FORWARD = {512: (2, 2), 1024: (2, 4), 2048: (2, 8), 4096: (1, 8), 8192: (1, 16)}

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._shared.variants import Variant
+from .._shared.views import rows_together, steps_of
 
 NORMS = {None: 0, "rms": 1, "layer": 2}
 PER_THREAD = 16  # numbers of a tile
@@ -360,10 +361,9 @@ def launch_backward(
 
 def _strided(*tensors: Tensor) -> tuple[list[Tensor], list[int], int]:
     """The tensors with rows together, their steps in units, and the unit: 8 numbers, or one."""
-    rows = [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
-    steps = [0 if size == 1 else x.stride(i) for x in rows for i, size in enumerate(x.shape[:3])]
-    unit = 1 if any(step % 8 for step in steps) else 8  # 8 numbers can be one load
-    return rows, [step // unit for step in steps], unit
+    rows = [rows_together(x) for x in tensors]
+    unit, steps = steps_of(*rows)
+    return rows, steps, unit
 
 
 def _packed(tensor: Tensor | None) -> Tensor | None:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .._shared.views import rows_together
 from .reference import rotate, temporal_attention_backward, visible
 
 _attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -34,7 +35,7 @@ def backward(dout, q, k, v, known, cos, sin, scale, back, forward):
 
 def _heads(x: Tensor) -> Tensor:
     """(B, T, N, heads, E) as (B, N * heads, T, E)."""
-    return _rows_together(x).flatten(2, 3).transpose(1, 2)
+    return rows_together(x).flatten(2, 3).transpose(1, 2)
 
 
 def _turned(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
@@ -63,7 +64,7 @@ def compiled_serves(dtype: torch.dtype) -> bool:
 
 def compiled_forward(q, k, v, known, cos, sin, scale, back, forward):
     """The C++ kernel."""
-    q, k, v = map(_rows_together, (q, k, v))
+    q, k, v = map(rows_together, (q, k, v))
     out = q.new_empty(q.shape)
     rule = known, _table(cos), _table(sin), scale, back, forward
     torch.ops.fastvid_cpp.temporal_attention(q, k, v, *rule, out)
@@ -72,7 +73,7 @@ def compiled_forward(q, k, v, known, cos, sin, scale, back, forward):
 
 def compiled_backward(dout, q, k, v, known, cos, sin, scale, back, forward):
     """The C++ kernel."""
-    dout, q, k, v = map(_rows_together, (dout, q, k, v))
+    dout, q, k, v = map(rows_together, (dout, q, k, v))
     dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
     rule = known, _table(cos), _table(sin), scale, back, forward
     torch.ops.fastvid_cpp.temporal_attention_backward(dout, q, k, v, *rule, dq, dk, dv)
@@ -81,7 +82,3 @@ def compiled_backward(dout, q, k, v, known, cos, sin, scale, back, forward):
 
 def _table(table: Tensor | None) -> Tensor | None:
     return None if table is None else table.to(torch.float32).contiguous()
-
-
-def _rows_together(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

@@ -9,13 +9,14 @@ data, nothing is padded, and the backward needs no partial sums. E is split into
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.target_info import is_cuda
 
+from .._shared.tiles import split
 from .._shared.variants import Variant
+from .._shared.views import bytes_of, rows_together, steps_of
 
 ROWS = 64  # at least the most frames of a sequence
 _SIZES = ["T", "N", "heads", "known_b", "known_t", "back", "forward"]
@@ -217,7 +218,7 @@ def launch_forward(q, k, v, known, cos, sin, scale, back, forward) -> Tensor:
     out = q.new_empty(q.shape)
     if out.numel():
         rule = _rule(known, scale, back, forward)
-        _launch(False, (q, k, v), (_bytes(known), _table(cos), _table(sin), out), rule)
+        _launch(False, (q, k, v), (bytes_of(known), _table(cos), _table(sin), out), rule)
     return out
 
 
@@ -226,20 +227,19 @@ def launch_backward(dout, q, k, v, known, cos, sin, scale, back, forward) -> tup
     grads = tuple(q.new_empty(q.shape) for _ in range(3))
     if q.numel():
         rule = _rule(known, scale, back, forward)
-        others = _bytes(known), _table(cos), _table(sin), *grads
+        others = bytes_of(known), _table(cos), _table(sin), *grads
         _launch(True, (dout, q, k, v), others, rule)
     return grads
 
 
 def _launch(backward, strided, others, rule):
-    strided = [_rows_together(tensor) for tensor in strided]
+    strided = [rows_together(tensor) for tensor in strided]
     B, T, N, heads, E = strided[0].shape
-    steps = [0 if size == 1 else x.stride(i) for x in strided for i, size in enumerate(x.shape[:4])]
-    unit = 1 if any(step % 8 for step in steps) else 8  # 8 numbers can be one load
+    unit, steps = steps_of(*strided)
     narrow, rotary = strided[0].itemsize == 2, others[1] is not None
     kernel, constants, warps = _configuration(backward, E, narrow, rotary)
     kernel[(B * triton.cdiv(N, ROWS // T) * heads,)](
-        *strided, *others, T, N, heads, *(step // unit for step in steps), *rule,
+        *strided, *others, T, N, heads, *steps, *rule,
         UNIT=unit, **constants, num_warps=warps,
     )  # fmt: skip
 
@@ -249,7 +249,7 @@ def _configuration(backward: bool, E: int, narrow: bool, rotary: bool) -> tuple[
     constants = {"E": E, "ROWS": ROWS}
     if backward and (rotary or not narrow):  # three tf32 products have six operands
         return _backward_in_steps, constants | {"STEP": 32 if narrow and E % 32 == 0 else 16}, 8
-    wide, rest = _split(E)
+    wide, rest = split(E)
     warps = (4 if E <= 80 and not rotary else 8) if narrow else 16
     return (_backward if backward else _forward), constants | {"WIDE": wide, "REST": rest}, warps
 
@@ -260,22 +260,8 @@ def _rule(known: Tensor | None, scale: float, back: int, forward: int) -> tuple:
     return (known.stride(0) if known.shape[0] > 1 else 0), known.stride(1), scale, back, forward
 
 
-def _bytes(known: Tensor | None) -> Tensor | None:
-    return None if known is None else known.view(torch.uint8)
-
-
 def _table(table: Tensor | None) -> Tensor | None:
     return None if table is None else table.contiguous()
-
-
-def _rows_together(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _split(E: int) -> tuple[int, int]:
-    """E as a power of two and what a second one has to hold; at least 16 for a dot, or 0."""
-    wide = max(16, 1 << (E.bit_length() - 1))
-    return wide, 0 if wide >= E else max(16, triton.next_power_of_2(E - wide))
 
 
 def _variant(name, backward, E, dtype="bf16", known=False, rotary=False):
