@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import harness, machine
+from benchmarks import harness, machine, rows
 from benchmarks.models.duel import Contender, duel, serve
 from benchmarks.rivals.vdt_eager import VDTEager
 from fastvid.diffusion.sampling import sample_ddim
@@ -245,6 +245,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--floor", type=float, default=0, help="fail below this time ratio")
     parser.add_argument("--out", type=Path, help="append the rows to this JSONL file")
+    parser.add_argument("--save", action="store_true", help="renew them in benchmarks/results")
     arguments = parser.parse_args(argv)
     if arguments.contender:
         spec = json.loads(arguments.contender)
@@ -265,9 +266,11 @@ def main(argv: list[str]) -> int:
         turns, rounds, seconds = arguments.turns, arguments.rounds, arguments.seconds
         if arguments.quick:
             turns, rounds, seconds = 1, 2, 0
-        row = measure(spec, turns=turns, rounds=rounds, seconds=seconds)
+        row = {**here, **measure(spec, turns=turns, rounds=rounds, seconds=seconds)}
         print(line(row), flush=True)
-        harness.append(arguments.out, [{**here, **row}])
+        harness.append(arguments.out, [row])
+        if arguments.save:
+            rows.save(rows.RESULTS / machine.folder(device) / "vdt.jsonl", [row])
         good = good and row["match"] and row["wall_ratio_p50"] >= arguments.floor
     return 0 if good else 1
 
