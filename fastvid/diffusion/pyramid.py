@@ -1,9 +1,9 @@
 """Pyramidal flow matching: the windows of its stages, its history, and what it trains on.
 
 Stage 0 has the lowest resolution, each one after it twice that in height and width. A stage moves
-`latents` from noise level `start_sigma` to `end_sigma` along x = r * start + (1 - r) * end, r its
-`stage_time` from 1 to 0; the velocity is start - end. Between stages `pyramid_renoise` upsamples and
-adds noise. A video is made in units: the first frame alone, then `frames_per_unit` frames each.
+latents from noise level `start_sigma` to `end_sigma` along x = r * start + (1 - r) * end, r its
+`stage_time` from 1 to 0; the velocity is start - end. Between stages `pyramid_renoise` upsamples
+and adds noise. A video is made in units: the first frame alone, then `frames_per_unit` frames each.
 
 Source: Jin et al., arXiv:2410.05954.
 """
@@ -89,11 +89,10 @@ def pyramid_schedule(
     if shift <= 0:
         raise ValueError(f"shift must be above 0, got {shift}")
 
-    def sigma(index: int) -> float:
-        u = (grid - index) / grid
+    def sigma(u):
         return shift * u / (1 + (shift - 1) * u)
 
-    ends = [sigma(index) for index in indices]  # the last is 0
+    ends = [sigma(1 - index / grid) for index in indices]  # the last is 0
     alphas, betas = [1.0], [0.0]
     for end in ends[1:-1]:  # of the stage before
         alphas.append(1 / (math.sqrt(1 + 1 / gamma) * end + 1 - end))
@@ -101,7 +100,9 @@ def pyramid_schedule(
     starts = [1.0] + [1 - a * (1 - end) for a, end in zip(alphas[1:], ends[1:-1], strict=True)]
     lengths = [start - end for start, end in zip(starts, ends[1:], strict=True)]
     shares = [0.0, *(total / sum(lengths) for total in accumulate(lengths))]
-    marks = [grid * sigma(min(int(share * grid), grid - 1)) for share in shares]
+    # In float32 to the last bit, as published models are told.
+    timesteps = grid * sigma(torch.arange(grid, 0, -1) / grid)
+    marks = [float(timesteps[min(int(share * grid), grid - 1)]) for share in shares]
     columns = zip(starts, ends[1:], alphas, betas, marks, marks[1:], strict=False)
     names = Stage.__dataclass_fields__
     made = tuple(Stage(**dict(zip(names, column, strict=True))) for column in columns)
@@ -307,7 +308,8 @@ def training_column(
     """
     if not 0 <= stage < len(schedule):
         raise ValueError(f"stage must be in [0, {len(schedule)}), got {stage}")
-    frames, plan = range(latents.shape[2]), ()
+    frames = range(latents.shape[2])
+    plan: tuple[HistoryClip, ...] = ()
     if units is not None:
         if not 1 <= units <= (most := count_units(len(frames), frames_per_unit)):
             raise ValueError(f"units must be in [1, {most}] for {len(frames)} frames, got {units}")

@@ -5,7 +5,6 @@ small plane is the block at row p // W, column p % W. Its four numbers are two p
 together in the large plane, and are read and written as pairs.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -94,7 +94,7 @@ def _(latents, lower, noise, start_sigma, end_sigma, ratio, endpoints):
 
 
 def _save_renoise(ctx, inputs, output):
-    _, *ctx.levels, noise, _, _ = inputs
+    _, ctx.alpha, ctx.beta, ctx.gamma, noise, _, _ = inputs
     ctx.noise = None if noise is None else (noise.dtype, noise.dim() == 6)
 
 
@@ -102,7 +102,8 @@ def _renoise_gradient(ctx, dout):
     """In plain PyTorch: samplers take none."""
     dtype, normals = ctx.noise or (dout.dtype, False)
     wide = dout.to(torch.promote_types(dout.dtype, torch.float32))
-    dx, dnoise = reference.pyramid_renoise_backward(wide, *ctx.levels, normals)
+    levels = ctx.alpha, ctx.beta, ctx.gamma
+    dx, dnoise = reference.pyramid_renoise_backward(wide, *levels, normals)
     return dx.to(dout.dtype), None, None, None, dnoise.to(dtype) if ctx.noise else None, None, None
 
 
