@@ -210,9 +210,10 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A whole run. `fastvid train` starts from a recipe's and overrides single values."""
+    """What a run of any family has. `fastvid train` starts from a recipe's and overrides values."""
 
-    model: VDTConfig = field(default_factory=VDTConfig)
+    family: str
+    model: Any
     data: DataConfig = field(default_factory=DataConfig)
     codec: CodecConfig = field(default_factory=CodecConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
@@ -226,19 +227,33 @@ class TrainConfig:
                 f"got {self.data.frames}"
             )
         if self.codec.kind == "pixel":
-            check_latents(self, 3 * self.codec.factor**2, self.codec.factor)
+            self.check_latents(3 * self.codec.factor**2, self.codec.factor)
+
+    def check_latents(self, channels: int, factor: int) -> None:
+        """Refuse a model that does not fit latents of `channels`, at `factor` pixels per cell."""
+        raise NotImplementedError
 
 
-def check_latents(config: TrainConfig, channels: int, factor: int) -> None:
-    """Refuse a model that does not fit latents of `channels`, at `factor` pixels per cell."""
-    made = (channels, *(side / factor for side in config.data.size))
-    model = config.model
-    if made != (model.channels, model.height, model.width):
-        raise ValueError(
-            f"model.channels, height and width must be what the codec makes of data.size = "
-            f"{config.data.size}: {', '.join(f'{n:g}' for n in made)}, "
-            f"got {model.channels}, {model.height}, {model.width}"
-        )
+@dataclass(frozen=True, kw_only=True)
+class TrainVDT(TrainConfig):
+    """A whole run of VDT."""
+
+    family: Literal["vdt"] = "vdt"
+    """The kind of model."""
+    model: VDTConfig = field(default_factory=VDTConfig)
+
+    def check_latents(self, channels: int, factor: int) -> None:
+        made = (channels, *(side / factor for side in self.data.size))
+        model = self.model
+        if made != (model.channels, model.height, model.width):
+            raise ValueError(
+                f"model.channels, height and width must be what the codec makes of data.size = "
+                f"{self.data.size}: {', '.join(f'{n:g}' for n in made)}, "
+                f"got {model.channels}, {model.height}, {model.width}"
+            )
+
+
+FAMILIES: dict[str, type[TrainConfig]] = {"vdt": TrainVDT}
 
 
 def write_config(config: TrainConfig, path: Path) -> None:
@@ -270,12 +285,15 @@ def read_config(path: Path) -> TrainConfig:
 
 
 def config_from(values: Mapping[str, Any]) -> TrainConfig:
-    """The config in nested mappings; what they leave out keeps its default.
+    """The config in nested mappings; what they leave out keeps its default, `family` is "vdt".
 
     Raises:
         ValueError: a key is unknown, named with its path, or a value is refused.
     """
-    return _from_mapping(TrainConfig, values, "")
+    family = values.get("family", "vdt") if isinstance(values, Mapping) else "vdt"
+    if family not in FAMILIES:
+        raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
+    return _from_mapping(FAMILIES[family], values, "")
 
 
 def config_hash(config: TrainConfig) -> str:

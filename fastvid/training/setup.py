@@ -16,7 +16,7 @@ from fastvid.training import checkpoint
 from fastvid.training.batches import open_sets
 from fastvid.training.build import build_model, build_schedule
 from fastvid.training.codec import Codec, build_codec
-from fastvid.training.config import TrainConfig, check_latents, read_config, write_config
+from fastvid.training.config import TrainConfig, read_config, write_config
 from fastvid.training.distributed import World, on_first, total
 from fastvid.training.interrupt import locked
 from fastvid.training.log import Log, writing
@@ -44,7 +44,7 @@ def prepared(config: TrainConfig, world: World, resume: bool) -> Iterator[tuple[
     on_first(world, lambda: _check_folder(folder, config, resume))  # refuses before long work
     schedule = build_schedule(config.diffusion)
     codec = build_codec(config.codec).to(world.device)
-    check_latents(config, codec.channels, codec.factor)
+    config.check_latents(codec.channels, codec.factor)
     train, held_out = open_sets(config.data, codec, config.run.seed)
 
     torch.manual_seed(config.run.seed)  # first weights are the same on every rank
@@ -128,6 +128,7 @@ def _lasting(config: TrainConfig) -> dict[str, Any]:
         if (part, name) not in {("data", "workers"), ("data", "cache")}  # speed alone
     }
     return values | {
+        "family": config.family,
         "run.seed": config.run.seed,
         "optim.batch": config.optim.batch,
         "optim.ema": "on" if config.optim.ema else "off",
