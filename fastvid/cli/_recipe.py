@@ -31,7 +31,7 @@ def parse_recipe(
     parser = _parser(verb, flags, about, epilog, start)
     options = parser.parse_args(list(argv)).as_dict()
     if start is None:
-        parser.error("RECIPE comes first")
+        return parser.error("RECIPE comes first")
     saved = Path(options["run"]["folder"], "config.yaml")
     if options.get("resume") and saved.is_file():
         start = read_config(saved)

@@ -110,6 +110,11 @@ class DiffusionConfig:
     average "unknown", is the same as training on given frames put before the noisy ones."""
     given: dict[str, int] = field(default_factory=dict)
     """Number of given frames by task name, where it is not the task's own."""
+    ref_ratio: tuple[float, float] = (0.0, 0.0)
+    """Share of frames that "arbitrary-interpolation" gives, drawn evenly from this interval for
+    each clip; at least one is given and one is not. (0, 0) gives each frame one time in five."""
+    drop: float = 0.0
+    """Share of training clips whose condition is left out, for guidance; VDT has none."""
 
     def __post_init__(self):
         _expect_types(self, "diffusion")
@@ -118,6 +123,12 @@ class DiffusionConfig:
             raise ValueError("diffusion.zero_snr needs prediction 'v' or 'x0', got 'eps'")
         if unknown := sorted((set(self.tasks) | set(self.given)) - set(TASKS)):
             raise ValueError(f"diffusion.tasks and given know {sorted(TASKS)}, got {unknown}")
+        if not 0 <= self.ref_ratio[0] <= self.ref_ratio[1] <= 1:
+            raise ValueError(
+                f"diffusion.ref_ratio must rise and lie in [0, 1], got {self.ref_ratio}"
+            )
+        if not 0 <= self.drop < 1:
+            raise ValueError(f"diffusion.drop must be in [0, 1), got {self.drop}")
         if min(self.tasks.values(), default=0) < 0 or not sum(self.tasks.values()) > 0:
             raise ValueError(f"diffusion.tasks must weigh at least one task, got {self.tasks}")
 

@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from fastvid.models.vdt import VDT, VDTConfig
-from fastvid.training.build import build_model, build_schedule
+from fastvid.training.build import build_schedule
 from fastvid.training.config import DataConfig, DiffusionConfig, RunConfig, TrainVDT
+from fastvid.training.vdt import build_model
 
 VIDEO = VDTConfig(channels=48, height=4, width=4, frames=4, dim=384, depth=1, heads=6)
 IMAGE = replace(VIDEO, mode="image", frames=1)
