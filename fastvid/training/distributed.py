@@ -76,9 +76,8 @@ def shard(model: nn.Module, world: World) -> nn.Module:
     A world of one wraps nothing.
     """
     if world.mesh is not None:
-        for module in model.modules():
-            for block in getattr(module, "blocks", ()):
-                fully_shard(block, mesh=world.mesh)
+        for block in model.blocks:  # type: ignore[union-attr]
+            fully_shard(block, mesh=world.mesh)
         fully_shard(model, mesh=world.mesh)
     return model
 
