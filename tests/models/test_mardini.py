@@ -128,7 +128,7 @@ def test_unknown_frames_are_never_read_by_the_planner(rand):
 
 def test_a_plan_is_made_once_and_read_in_every_step(rand):
     model, peer = models(TINY)
-    latents, timestep, known, low = clip(rand, model, KNOWN["both ends"])
+    latents, _, known, low = clip(rand, model, KNOWN["both ends"])
     calls = []
     model.planner.register_forward_hook(lambda *_: calls.append("planner"))
     for block in model.generator.blocks:
