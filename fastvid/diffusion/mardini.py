@@ -144,14 +144,18 @@ def slow_motion(given: int, frames: int, window: int) -> list[Level]:
     while rest > 1:
         # One window for the whole clip while it fits, then pieces of at least two frames.
         most = window // (now if 2 * now <= window else 2)
-        factors = [n for n in range(2, most + 1) if rest % n == 0]
-        cuts = [(n, min(now, window // n)) for n in factors if now % min(now, window // n) == 0]
+        cuts = [
+            (factor, piece)
+            for factor in range(2, most + 1)
+            for piece in range(2, window // factor + 1)
+            if rest % factor == 0 and now % piece == 0
+        ]
         if not cuts:
             raise ValueError(
                 f"frames must be reached by windows of {window}, and {now} frames can not become "
                 f"{now * rest}; choose {given} times a number with small factors"
             )
-        factor, piece = cuts[-1]
+        factor, piece = max(cuts)
         levels.append(Level(piece, piece * factor))
         rest, now = rest // factor, now * factor
     return levels
