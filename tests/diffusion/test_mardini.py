@@ -116,7 +116,7 @@ def test_progress_counts_the_steps(inputs):
 
 
 def test_clean_of_another_shape_is_refused(inputs):
-    with pytest.raises(ValueError, match="clean must be torch.float32 of shape"):
+    with pytest.raises(ValueError, match=r"clean must be torch\.float32 of shape"):
         run(Counting(), inputs, clean=inputs["clean"][:, :, :2])
 
 
