@@ -21,7 +21,7 @@ def pyramid_renoise(x, alpha, beta, gamma, noise, seeds, stream):
     data = x.to(wide)
     out = torch.empty(B, C, T, H, 2, W, 2, dtype=wide)
     if noise is not None and noise.dim() == 5:
-        torch.mul(noise.view(out.shape), beta, out=out)
+        torch.mul(noise.to(wide).view(out.shape), beta, out=out)
         out.add_(data[:, :, :, :, None, :, None], alpha=alpha)
         return out.view(B, C, T, 2 * H, 2 * W).to(x.dtype)
     if noise is None:
