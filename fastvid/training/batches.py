@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -16,16 +18,19 @@ from fastvid.training.codec import Codec
 from fastvid.training.config import DataConfig, TrainConfig
 from fastvid.training.distributed import World
 from fastvid.training.draws import generator
+from fastvid.training.families import family_of
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """This rank's clips of one step: latents (B, C, T, H, W) on the device, the number of each in
-    the run's order, where each came from, and the sampler's state once they are trained on."""
+    """This rank's clips of one step: latents (B, C, T, H, W) on the device, those of the clips made
+    smaller where the family plans, the number of each in the run's order, where each came from, and
+    the sampler's state once they are trained on."""
 
     latents: Tensor
+    low: Tensor | None
     numbers: list[int]
     paths: list[str]
     sampler: dict[str, int]
@@ -64,6 +69,7 @@ def batches(
     if sampler_state:
         sampler.load_state_dict(sampler_state)
     share = config.optim.batch // world.size
+    small = family_of(config).low_size(config)
     loader = DataLoader(
         dataset,
         batch_size=share,
@@ -78,8 +84,10 @@ def batches(
         first = sampler.epoch * size + sampler.seen + world.rank
         numbers = [first + i * world.size for i in range(share)]
         sampler.advance(config.optim.batch)
-        latents = to_latents(items, numbers, codec, world, config.run.seed, "train")
-        yield Batch(latents, numbers, items["path"], sampler.state_dict())
+        given = (items, numbers, codec, world, config.run.seed, "train")
+        yield Batch(
+            to_latents(*given), to_low(*given, small), numbers, items["path"], sampler.state_dict()
+        )
 
 
 def to_latents(
@@ -91,6 +99,29 @@ def to_latents(
     video = items["video"].to(world.device, non_blocking=True)
     generators = [generator(seed, kind, "codec", number) for number in numbers]
     return codec.encode(video, generators=generators)
+
+
+def to_low(
+    items: dict[str, Any],
+    numbers: Sequence[int],
+    codec: Codec,
+    world: World,
+    seed: int,
+    kind: str,
+    size: tuple[int, int] | None,
+) -> Tensor | None:
+    """As `to_latents`, of clips made as small as `size` says, in pixels; None for no such size."""
+    if size is None:
+        return None
+    video = shrink(items["video"].to(world.device, non_blocking=True), size)
+    return codec.encode(video, generators=[generator(seed, kind, "low", n) for n in numbers])
+
+
+def shrink(video: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, 3, T, H, W) at another size, antialiased."""
+    frames = rearrange(video, "b c t h w -> (b t) c h w")
+    frames = F.interpolate(frames, size, mode="bilinear", antialias=True)
+    return rearrange(frames, "(b t) c h w -> b c t h w", b=len(video))
 
 
 def _clips(data: DataConfig, seed: int, fixed: bool) -> tuple[Dataset, Dataset | None]:
