@@ -314,13 +314,17 @@ class _PyramidModel(HubModel):
 
     def to_official_state_dict(self) -> dict[str, Tensor]:
         """The weights under the official names and in the official shapes, as copies."""
-        own = self.state_dict()
-        official_state: dict[str, Tensor] = {}
-        for name, part in self._official_parts().items():
-            official_state |= part.to_official(own[name])
+        found = self.official_names(self.state_dict())
         if (table := self._table()) is not None:
-            official_state |= official.table_of(table)
-        return official_state
+            found |= official.table_of(table)
+        return found
+
+    def official_names(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Values of the parameters, such as gradients, under the official names, as copies."""
+        found: dict[str, Tensor] = {}
+        for name, part in self._official_parts().items():
+            found |= part.to_official(own[name])
+        return found
 
     def _official_parts(self) -> dict[str, official.Parts]:
         shapes = {name: value.shape for name, value in self.state_dict().items()}
