@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from fastvid.models.pyramid_columns import Column
 from fastvid.models.pyramid_flow import (
@@ -12,6 +14,7 @@ from fastvid.models.pyramid_flow import (
     PyramidMMDiT,
     PyramidMMDiTConfig,
 )
+from fastvid.training.distributed import World, shard, whole
 from tests.models.tiny import close, redraw
 
 SIZE = {"channels": 4, "heads": 2, "head_width": 32, "text_width": 24, "pooled_width": 20}
@@ -317,6 +320,32 @@ def test_no_modulation_is_spread_over_tokens_and_no_mask_is_made(model, column):
     tokens = 6 * 16 * 16 + 1
     assert largest < tokens * 6 * 64 * 4
     assert largest < tokens * tokens
+
+
+@pytest.fixture
+def mesh():
+    """One process that shards as many would."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
+def test_sharded_weights_train_packed_and_sample(model, column, mesh):
+    columns = [column(), column([(1, HIGH)], (3,))]
+
+    def train():
+        sum(out.square().mean() for out in model.packed(columns)).backward()
+        return {name: whole(p.grad).clone() for name, p in model.named_parameters()}
+
+    plain = train()
+    model.zero_grad()
+    out, prefix = extend(model, columns[0], keep=2)
+    shard(model, World(0, 1, torch.device("cpu"), mesh))
+    for name, gradient in train().items():
+        close(gradient, plain[name])
+    close(extend(model, columns[0], keep=2)[0], out)
+    close(call(model, columns[0], prefix=prefix), out)
 
 
 @pytest.mark.parametrize("small", [replace(FLUX, joint_blocks=1, single_blocks=1), MMDIT_ONE])
