@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <utility>
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define HAS_X86_SETS 1
