@@ -17,6 +17,7 @@ from benchmarks.harness import Case, backward_of, forward_of
 from benchmarks.rivals import packages
 from benchmarks.rivals.sdpa import by_backend, heads_first, sdpa
 from fastvid.functional import FrameLayout, Visibility, masked_attention
+from fastvid.kernels._shared import intervals
 from fastvid.kernels.masked_attention import reference, vendor
 
 CHUNK = 1024  # query rows that the float64 oracle takes at a time
@@ -106,15 +107,38 @@ def flops(direction: str, pairs: float, B: int, heads: int, E: int) -> int:
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
-    """Forward and backward of every case; of the proportional ones also both together."""
+    """Forward and backward of every case, of the proportional ones also both together; tables."""
     found = QUICK if quick else GPU if device.type == "cuda" else CPU
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return [
+    attention = [
         _case(f"{name} {direction}", direction, *case, dtype, device, quick)
         for name, case in found.items()
         for direction in BINDS
         if direction != "forward and backward" or (found is CPU and name in PROPORTIONAL)
     ]
+    return attention if quick else [*attention, tables(device)]
+
+
+def tables(device: torch.device, frames: int = 16) -> Case:
+    """What a Visibility costs: the intervals of a random table of frames, both directions."""
+    offsets = FrameLayout([256] * frames, device=device).offsets
+
+    def intervals_by(build):
+        return lambda table: lambda: build(table.bool(), offsets, offsets, None, None)
+
+    fields = 2 * (frames + 1) * (intervals.FIELDS + 2 * frames)
+    return Case(
+        room="masked_attention",
+        name="tables",
+        shape={"B": 1, "F": frames},
+        dtype=torch.bool,
+        make_inputs=lambda device: (torch.rand(1, frames, frames, device=device) < 0.5,),
+        rivals={
+            "fastvid": intervals_by(intervals.build), "eager": intervals_by(intervals.reference),
+        },
+        oracle=intervals_by(lambda *given: [t.double() for t in intervals.reference(*given)]),
+        nbytes=frames * frames + 2 * offsets.nbytes + 4 * fields,
+    )  # fmt: skip
 
 
 def both_of(function: Callable[..., Tensor]) -> Callable[..., Callable[[], Any]]:
