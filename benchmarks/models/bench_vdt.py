@@ -194,8 +194,9 @@ def measure(spec: dict[str, Any], *, limit: float = math.inf, **pace: Any) -> di
 
 def label(spec: dict[str, Any]) -> str:
     """`vdt/step L/2 frames=16 side=128 batch=4 bfloat16 compiled`, ` depth 2` where quick."""
-    case = "vdt/{job} {size}/2 frames={frames} side={side} batch={batch} {dtype}".format(**spec)
-    return case + " compiled" * spec["compile"] + " depth 2" * spec["quick"]
+    case = "vdt/{job} {size}/2 frames={frames} side={side} batch={batch}".format(**spec)
+    case += f" steps={spec['steps']}" * (spec["job"] == "sample")
+    return f"{case} {spec['dtype']}" + " compiled" * spec["compile"] + " depth 2" * spec["quick"]
 
 
 def within(spec: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -211,11 +212,14 @@ def specs(device: torch.device, quick: bool) -> list[dict[str, Any]]:
         small["compile"] = False
         return [{"job": job, **small, **here} for job in ("forward", "step")]
     large = {"size": "L", "frames": 16, "side": 128, "dtype": "bfloat16", "batch": 4}
-    return [
+    rows = [
         {"job": job, **large, "compile": compiled, **here}
         for compiled in (True, False)
         for job in ("step", "sample")
     ]
+    # The batches that are told to fit into 80 and into 48 GB.
+    alone = {**large, "dtype": "float32", "compile": False, **here}
+    return rows + [{"job": "step", **alone, "batch": batch} for batch in (16, 6)]
 
 
 def line(row: dict[str, Any]) -> str:
