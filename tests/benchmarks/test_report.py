@@ -98,6 +98,23 @@ def test_each_picture_is_drawn_where_there_is_something_to_show(found):
     assert not plots.history(of("vdt"))
 
 
+def test_every_line_over_frames_says_all_that_tells_it_apart():
+    settings = [{}, {"compile": True}, {"batch": 4}, {"dtype": "bfloat16"}, {"job": "step"}]
+    settings += [{"job": "sample", "steps": 5}, {"job": "sample", "steps": 10}, {"quick": True}]
+    measured = [
+        {**_duel(frames), "rival": "fastvid", "room": "vdt", "side": 128, "p50_ms": 1.0} | setting
+        for setting in settings
+        for frames in (8, 16)
+    ]
+    axes = plots.scaling(measured, "frames").axes[0]
+    labels = [line.get_label() for line in axes.lines]
+    assert len(set(labels)) == len(labels) == len(settings)
+    assert all(len(line.get_xdata()) == 2 for line in axes.lines)
+    assert "fastvid forward S, side 128, batch 4, float32" in labels
+    assert "fastvid forward S, side 128, batch 1, float32, compiled" in labels
+    assert axes.get_legend()
+
+
 def test_the_bars_are_the_ratios(found):
     axes = plots.versus([row for row in found if row["room"] == "vdt"]).axes[0]
     assert [bar.get_width() for bar in axes.patches] == [1.25, 1.25]
