@@ -96,9 +96,7 @@ def test_models_hand_their_arguments_on(monkeypatch):
 @pytest.mark.parametrize("name", run_models.names())
 def test_every_model_has_what_the_verbs_need(name):
     bench = run_models.bench(name)
-    assert all(
-        callable(getattr(bench, part)) for part in ("specs", "label", "within", "line", "main")
-    )
+    assert all(callable(getattr(bench, part)) for part in ("specs", "label", "within", "main"))
 
 
 def test_pytest_writes_and_compares_results(tmp_path):
