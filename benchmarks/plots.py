@@ -1,6 +1,7 @@
 """The pictures of the report, in shades of grey, hatches and markers: they print as they look."""
 
 import itertools
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -125,7 +126,8 @@ def scaling(rows: list[Row], axis: str) -> Figure | None:
     lines: dict[tuple, list[Row]] = defaultdict(list)
     for row in rows:
         if axis in row and "p50_ms" in row:
-            lines[row["rival"], _setting(row, axis)].append(row)
+            setting = re.sub(rf" {axis}=\S+", "", _case(row))
+            lines[row["rival"], setting].append(row)
     lines = {key: found for key, found in lines.items() if len({row[axis] for row in found}) > 1}
     if not lines:
         return None
@@ -142,16 +144,6 @@ def scaling(rows: list[Row], axis: str) -> Figure | None:
         axes.set(xlabel=axis, ylabel=unit, yscale="log")
     figure.axes[0].legend(fontsize=5)
     return figure
-
-
-def _setting(row: Row, axis: str) -> str:
-    """Everything but `axis` that tells two lines apart: `step S, side 128, batch 1, float32`."""
-    parts = [f"{row['job']} {row['size']}"] if "job" in row else []
-    counts = ("frames", "side", "batch") + ("steps",) * (row.get("job") == "sample")
-    parts += [f"{name} {row[name]}" for name in counts if name in row and name != axis]
-    parts.append(row["dtype"])
-    marks = {"compile": "compiled", "quick": "reduced depth"}
-    return ", ".join(parts + [mark for name, mark in marks.items() if row.get(name)])
 
 
 def history(rows: list[Row]) -> Figure | None:
