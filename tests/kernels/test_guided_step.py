@@ -63,6 +63,10 @@ def test_float64_is_computed_in_float64(cpu_path):
     found = guided_step(x, prediction, TABLES["ddim"], torch.tensor(2), clip=0.5)
     exact = exactly(x, prediction, TABLES["ddim"][2], [], 0.5)
     torch.testing.assert_close(found, exact, rtol=1e-13, atol=1e-13)
+    table = tables.ddim_table(CHAIN, prediction="v", dtype=torch.float64)
+    found = guided_step(x, prediction, table, torch.tensor(2), clip=0.5)
+    wanted = steps.ddim_step(prediction, x, len(CHAIN) - 3, CHAIN, prediction="v", clip=0.5)
+    torch.testing.assert_close(found, wanted, rtol=1e-13, atol=1e-13)
 
 
 def test_three_branches_take_the_scale_of_the_text_first(cpu_path):
