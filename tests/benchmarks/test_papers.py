@@ -116,7 +116,7 @@ def test_the_headline_row_is_forty_percent_of_an_a100():
     )
     assert (line.seconds, line.memory_gb) == (6.05, 42.57)
     assert line.of_peak == pytest.approx(763e12 / 6.05 / 312e12, rel=1e-3)
-    assert line.ours == (tables.NOT_BUILT,)
+    assert line.ours == (tables.NOT_MEASURED,)
 
 
 def test_seconds_per_generated_frame_become_seconds_per_video():
