@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from fastvid.diffusion import mardini
 from fastvid.diffusion.process import mix_known
@@ -129,9 +130,42 @@ def sample(
         return mix_known(rebuilt.to(low.dtype), low, known), low
     guidance = 1.0 if config.stage.trains == "both" else 0.0
     made = mardini.sample(
-        model, draws.noise, schedule, known=known, clean=clean, low=low, guidance=guidance
+        _Sharded(model) if isinstance(model, FSDPModule) else model,
+        draws.noise,
+        schedule,
+        known=known,
+        clean=clean,
+        low=low,
+        guidance=guidance,
     )
     return made, clean
+
+
+class _Sharded:
+    """MarDini under FSDP, whose blocks are whole within `forward` only: every step plans anew."""
+
+    def __init__(self, model: MarDini):
+        self.model = model
+
+    def plan(self, low: Tensor, known: Tensor) -> Tensor:
+        return low
+
+    def project(self, signal: Tensor | None) -> Tensor | None:
+        return signal
+
+    def references(self, clean: Tensor, known: Tensor, planning: Tensor) -> None:
+        raise NotImplementedError("references are not made of a sharded model")
+
+    def __call__(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        *,
+        known: Tensor,
+        planning: Tensor | None,
+        references: None,
+    ) -> Tensor:
+        return self.model(latents, timestep, known=known, low=planning)
 
 
 def sampling(model: MarDini, task: str, frames: int, *, one_pass: bool) -> MarDini:
