@@ -6,6 +6,7 @@ of attention over what is visible; norms, rotary positions, text encoders and au
 
 from dataclasses import dataclass
 
+from fastvid.models.mardini import MarDiniConfig
 from fastvid.models.vdt import VDT_L, VDT_S, VDTConfig
 
 VDT_SIZES = {"S": VDT_S, "L": VDT_L}
@@ -80,6 +81,52 @@ def mardini(
     generator += attention(tokens, fine, d) + attention(tokens, cells, d)
     generator += attention(tokens, frames if temporal else tokens, d)
     return Work(tokens * steps, depth * planner + context + steps * 8 * generator)
+
+
+def mardini_plan(config: MarDiniConfig, frames: int) -> Work:
+    """The planner once, on a square clip, with everything that `mardini` leaves out."""
+    planner, side = config.planner, config.planner.side // config.planner.patch
+    d, cells = planner.dim, side * (side + planner.next_token)
+    tokens = frames * cells
+    block = linear(tokens, 8 * d * d + 2 * d * planner.mlp)
+    block += attention(tokens, cells, d) + attention(tokens, tokens, d)
+    ends = linear(frames * side * side, config.channels * planner.patch**2 * d)
+    return Work(0, planner.depth * block + ends)
+
+
+def mardini_context(config: MarDiniConfig, frames: int) -> Work:
+    """What the generator makes of a plan: keys and values, and what modulates the MLPs."""
+    planner, generator = config.planner, config.generator
+    side, d = planner.side // planner.patch, generator.dim
+    tokens = frames * side * (side + (planner.next_token and planner.signal_next))
+    keys_and_values = linear(tokens, 2 * planner.dim * d)
+    return Work(0, generator.depth * keys_and_values + linear(frames, planner.dim * d))
+
+
+def mardini_step(config: MarDiniConfig, frames: int, cells: int) -> Work:
+    """One denoising step of a clip of `cells` x `cells`, its context at hand, without guidance."""
+    planner, generator = config.planner, config.generator
+    d, side = generator.dim, cells // generator.patch
+    fine = side * (side + generator.next_token)
+    low = planner.side // planner.patch
+    context = low * (low + (planner.next_token and planner.signal_next))
+    tokens = frames * fine
+    block = linear(tokens, 10 * d * d + 2 * d * generator.mlp)
+    block += attention(tokens, fine, d)
+    block += attention(tokens, context * (frames if generator.cross_scope == "clip" else 1), d)
+    block += attention(tokens, frames if generator.attention == "time" else tokens, d)
+    block += linear(frames + 1, 4 * d * d)  # the modulation of a frame's MLP, of the attention
+    pixels = config.channels * generator.patch**2
+    ends = linear(frames * side * side, pixels * d) + linear(tokens, pixels * d)
+    ends += linear(1, (256 + d) * d + 2 * d * d)  # the timestep's MLP, the last modulation
+    return Work(tokens, generator.depth * block + ends)
+
+
+def mardini_of(config: MarDiniConfig, frames: int, cells: int, *, steps: int = 25) -> Work:
+    """One video of a config, counted as `mardini` does but with nothing left out."""
+    made = mardini_plan(config, frames) + mardini_context(config, frames)
+    step = mardini_step(config, frames, cells)
+    return made + Work(steps * step.tokens, steps * step.flops)
 
 
 PYRAMID_WIDTHS = {"miniFLUX": 1920, "MMDiT": 1536}  # both have 24 blocks of 12 D^2 weights a token

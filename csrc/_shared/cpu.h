@@ -1,8 +1,8 @@
 // What the CPU kernels share: bfloat16, dtypes, and one binary for every instruction set.
 //
 // The arithmetic of a kernel stands in a header of its own without an include guard, which its
-// .cpp includes once per instruction set, each time inside a namespace (v4, v3, any) with TARGET,
-// an attribute for every function, and LANE_BYTES, the width of the vectors.
+// .cpp includes once per instruction set through every_set.h, each time inside a namespace (v4, v3,
+// any) with TARGET, an attribute for every function, and LANE_BYTES, the width of the vectors.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <memory>
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define HAS_X86_SETS 1
@@ -46,6 +47,20 @@ inline __attribute__((always_inline)) void narrow(float value, bf16* out) {
   const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   *out = bf16(value != value ? 0x7fc0 : rounded);
 }
+
+// Floats on a cache line, zeroed once, so that what pads them is finite.
+class Scratch {
+ public:
+  explicit Scratch(int64_t count) : memory_(new float[count + 16]()) {
+    const auto address = reinterpret_cast<uintptr_t>(memory_.get());
+    next_ = memory_.get() + (-address % 64) / sizeof(float);
+  }
+  float* take(int64_t count) { return (next_ += count) - count; }
+
+ private:
+  std::unique_ptr<float[]> memory_;
+  float* next_;
+};
 
 // `call` with a value of the type of the tensor's elements: float or bf16.
 template <typename Call>

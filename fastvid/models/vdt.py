@@ -17,8 +17,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastvid.models.vdt_official import layout, read, sizes
+from fastvid.models.vdt_official import layout, sizes
 from fastvid.modules.attention import SpatialAttention, TemporalAttention
+from fastvid.modules.checkpoints import read
 from fastvid.modules.embeddings import (
     TimestepEmbedding,
     resize_grid,

@@ -1,15 +1,10 @@
-"""The weights of a VDT under the official names: read from files, read for sizes, laid out."""
+"""The weights of a VDT under the official names: read for sizes, laid out."""
 
 import math
-import zipfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
-
-from fastvid.modules.hub import read_weights
 
 if TYPE_CHECKING:
     from fastvid.models.vdt import VDTConfig
@@ -108,37 +103,3 @@ def sizes(state: Mapping[str, Tensor], heads: int | None) -> dict[str, Any]:
         "learned_variance": state["final_layer.linear.weight"].shape[0] == 2 * channels * p * p,
         "mode": "video" if video else "image",
     }
-
-
-def read(source: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a file or of a dict.
-
-    Raises:
-        ValueError: the file is truncated, or something else than tensors.
-        TypeError: what it or `source` holds is no dict of tensors.
-    """
-    origin = str(source) if isinstance(source, str | Path) else "source"
-    state = _load(Path(source)) if isinstance(source, str | Path) else source
-    if not isinstance(state, Mapping):
-        raise TypeError(f"{origin} must hold a dict of tensors, got {type(state).__name__}")
-    others = [name for name, value in state.items() if not isinstance(value, Tensor)]
-    if others:
-        keys = ", ".join(map(str, state))
-        raise TypeError(
-            f"{origin} must hold tensors under the official names, got {others[0]!r}: "
-            f"{type(state[others[0]]).__name__}, among the keys {keys:.200}; pass the inner dict"
-        )
-    return dict(state)
-
-
-def _load(path: Path) -> Any:
-    if path.suffix == ".safetensors":
-        return read_weights(path)
-    whole = zipfile.is_zipfile(path)  # what torch.save writes since 1.6; only this can be mapped
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=whole)
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # of any type, as bytes that are no checkpoint may mean anything
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} is not a whole checkpoint of tensors: {reason}") from error

@@ -7,14 +7,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def sincos_table(length: int, dim: int) -> Tensor:
-    """Positions 0 .. length-1 as [sin(dim/2), cos(dim/2)], frequencies 10000^(-k / (dim/2)).
+def sincos_table(positions: int | Tensor, dim: int) -> Tensor:
+    """Positions as [sin(dim/2), cos(dim/2)], frequencies 10000^(-k / (dim/2)).
 
+    Args:
+        positions: (length,) in cells, fractions allowed; a number means 0, 1, ..., length - 1.
     Returns:
         (length, dim) float32, rounded once from float64.
     """
-    frequencies = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
-    angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
+    if not isinstance(positions, Tensor):
+        positions = torch.arange(positions)
+    steps = torch.arange(dim // 2, dtype=torch.float64, device=positions.device)
+    angles = positions.double()[:, None] * 10000.0 ** -(steps / (dim // 2))
     return torch.cat([angles.sin(), angles.cos()], dim=-1).float()
 
 

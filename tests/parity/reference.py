@@ -18,9 +18,9 @@ def cases(config, pattern: str) -> list[Path]:
 
 @cache
 def load(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    """The `config` of the file's metadata and all tensors. Do not write to them."""
+    """The `config` of the file's metadata, if any, and all tensors. Do not write to them."""
     with safe_open(path, "pt") as file:
-        config = json.loads(file.metadata()["config"])
+        config = json.loads(file.metadata().get("config", "{}"))
         return config, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
