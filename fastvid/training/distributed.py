@@ -79,9 +79,8 @@ def shard(model: nn.Module, world: World) -> nn.Module:
         for block in model.blocks:  # type: ignore[union-attr]
             fully_shard(block, mesh=world.mesh)
         fully_shard(model, mesh=world.mesh)
-        for name in ("plan", "reconstruct"):  # a planner alone is trained by these
-            if hasattr(model, name):
-                register_fsdp_forward_method(model, name)
+        for method in getattr(model, "forward_methods", ()):
+            register_fsdp_forward_method(model, method)
     return model
 
 
