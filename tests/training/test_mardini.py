@@ -20,6 +20,7 @@ from fastvid.training.sample import laid_out, sample_task
 from tests.training.mardini_stages import DIFFUSION, MODEL, tiny_stage
 
 CODEC = PixelCodec(4)
+STAGE = tiny_stage("clips", "run")
 
 
 @pytest.fixture
@@ -265,7 +266,7 @@ def test_nonsense_is_refused_by_name(config, changes, message):
 
 
 def made_by(model, video, task, **options):
-    sampler_of, spacing = mardini.sampler_of(model, CODEC, None)
+    sampler_of, spacing = mardini.sampler_of(model, CODEC, STAGE)
     settings = {"steps": 3, "spacing": spacing, "sampler_of": sampler_of, "seeds": [3, 4]}
     settings |= {"task": task}
     return sample_task(model, CODEC, build_schedule(DIFFUSION), video, **(settings | options))
@@ -346,7 +347,7 @@ def test_guidance_is_the_papers_from_one_frame_and_none_between_frames(awake, vi
     for given, scale in ((1, 2.5), (2, 1.0)):
         made = {}
         for guidance in (None, scale, 4.0):
-            sampler_of, _ = mardini.sampler_of(awake, CODEC, None, guidance=guidance)
+            sampler_of, _ = mardini.sampler_of(awake, CODEC, STAGE, guidance=guidance)
             made[guidance] = made_by(
                 awake, video, "predict", given=given, sampler_of=sampler_of
             ).video
@@ -379,6 +380,15 @@ def test_tasks_without_whole_frames_are_refused(awake, task):
         mardini.sampling(awake, task, 4, one_pass=False)
 
 
+def test_a_stage_samples_what_it_trained(awake, video, plans):
+    alone = tiny_stage("clips", "run", "generator")
+    sampler_of, _ = mardini.sampler_of(awake, CODEC, alone)
+    made_by(awake, video, "predict", given=1, sampler_of=sampler_of)
+    assert not plans
+    with pytest.raises(ValueError, match="makes no samples"):
+        mardini.sampler_of(awake, CODEC, tiny_stage("clips", "run", "planner"))
+
+
 def test_longer_clips_in_one_pass(awake, video, plans):
     model = mardini.sampling(awake, "predict", 8, one_pass=True)
     assert made_by(model, video, "predict", given=1, frames=8).video.shape[2] == 8
@@ -386,7 +396,7 @@ def test_longer_clips_in_one_pass(awake, video, plans):
 
 
 def test_scores_stand_beside_the_rivals(awake, video):
-    sampler_of, spacing = mardini.sampler_of(awake, CODEC, None)
+    sampler_of, spacing = mardini.sampler_of(awake, CODEC, STAGE)
     result = evaluate(
         awake,
         CODEC,
