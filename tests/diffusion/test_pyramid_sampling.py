@@ -259,6 +259,35 @@ def test_a_cache_keeps_its_budget_and_the_longest_prefixes():
     assert last[-1] is None
 
 
+class Counter(Model):
+    """Counts tokens: of 128 text embeddings, and of patches of 2 x 2."""
+
+    tokens = 0
+
+    def run(self, latents, timestep, history, text, text_lengths, pooled, prefix, keep):
+        patches = [clip.shape[-1] * clip.shape[-2] // 4 for clip in history for _ in clip[0, 0]]
+        known = 0 if prefix is None else prefix.frames
+        self.tokens += sum(patches[known:]) + latents[0, 0].numel() // 4
+        self.tokens += 128 if prefix is None else 0
+        return torch.zeros_like(latents), Prefix(torch.zeros(1), keep)
+
+
+@pytest.mark.parametrize(
+    ("size", "frames", "share"),
+    [((48, 80), 16, 0.686), ((96, 160), 16, 0.721), ((96, 160), 31, 0.540)],
+    ids=["384p 5 s", "768p 5 s", "768p 10 s"],
+)
+def test_a_cache_saves_what_can_be_saved(size, frames, share):
+    """The tokens that the text and the frames at lowest resolution leave."""
+    counts, prompt = [], Text(torch.zeros(1, 128, 1), torch.tensor([128]), torch.zeros(1, 1))
+    for gigabytes in (0, math.inf):
+        model = Counter()
+        steps = {"first_steps": 2, "steps": 1}  # 20 and 10, a tenth of the calls
+        sample(model, prompt, (1, frames, *size), cache_gb=gigabytes, **steps)
+        counts.append(model.tokens)
+    assert counts[1] / counts[0] == pytest.approx(share, abs=0.001)
+
+
 def test_progress_counts_the_calls():
     seen, model = [], Model()
     sample(model, given=torch.zeros(1, 3, 2, 16, 24), progress=lambda *at: seen.append(at))
