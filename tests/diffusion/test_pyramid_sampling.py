@@ -243,20 +243,34 @@ def test_a_cache_changes_the_work_and_not_the_result(negative):
     assert work[0] > work[1] > work[2]
 
 
+class Watched(Model):
+    """Remembers the prefixes that it was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.prefixes = []
+
+    def run(self, latents, timestep, history, *rest):
+        self.prefixes.append(rest[-2])
+        return super().run(latents, timestep, history, *rest)
+
+
 def test_a_cache_keeps_its_budget_and_the_longest_prefixes():
-    held = []
-
-    class Watched(Model):
-        def run(self, latents, timestep, history, *rest):
-            held.append(rest[-2])
-            return super().run(latents, timestep, history, *rest)
-
-    sample(Watched(), shape=(3, 9, 16, 24), cache_gb=8e-6)
-    last = held[-sum(STEPS["steps"]) :]
+    model = Watched()
+    sample(model, shape=(3, 9, 16, 24), cache_gb=8e-6)
+    last = model.prefixes[-sum(STEPS["steps"]) :]
     stored = [prefix for prefix in last if prefix is not None]
     assert 0 < sum(prefix.nbytes for prefix in stored) <= 8000
     assert last[0] is not None  # of the lowest stage, which has the most frames
     assert last[-1] is None
+
+
+def test_a_cache_that_overflows_serves_the_same_steps_in_every_unit():
+    """Two of three prefixes of the last units fit: those are not dropped for one another."""
+    model = Watched()
+    sample(model, shape=(3, 9, 16, 24), steps=[3, 1, 1], cache_gb=14e-6)
+    frames = [[p and p.frames for p in model.prefixes[i : i + 3]] for i in range(5, 45, 5)]
+    assert frames[-2:] == [[6, 6, None], [7, 7, None]]
 
 
 class Counter(Model):
