@@ -68,6 +68,8 @@ class MarDini(HubModel):
 
     config_class = MarDiniConfig
     config: MarDiniConfig
+    # Methods that start a forward pass of their own, for what wraps `forward`.
+    forward_methods = ("plan", "project", "reconstruct", "references")
 
     def __init__(self, config: MarDiniConfig):
         super().__init__()
@@ -121,7 +123,8 @@ class MarDini(HubModel):
         """
         config = self.config.planner
         self._check_clip("low", low, config.patch)
-        if max(low.shape[3:]) != config.side:
+        # A compiled graph would be made anew for a low resolution that lies on its side.
+        if not torch.compiler.is_compiling() and max(low.shape[3:]) != config.side:
             raise ValueError(
                 f"low must have {config.side} cells on its longer side, as planning_size says, "
                 f"got {tuple(low.shape[3:])}"
@@ -213,6 +216,8 @@ class MarDini(HubModel):
                     f"references must be of {latents.shape[2]} frames, got {references.frames}"
                 )
             return self.generator.with_references(latents, timestep, references)
+        if dropped is not None and low is None:
+            raise ValueError("dropped must come with low: a plan that is made is given to project")
         if planning is None:
             signal = None
             if low is not None:
@@ -249,6 +254,8 @@ class MarDini(HubModel):
 
     def _check_low(self, low: Tensor, latents: Tensor) -> None:
         self._check_clip("low", low, self.config.planner.patch)
+        if torch.compiler.is_compiling():
+            return
         size = self.planning_size(*latents.shape[3:])
         if low.shape != (*latents.shape[:3], *size):
             raise ValueError(

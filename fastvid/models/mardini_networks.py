@@ -4,7 +4,7 @@ Source: Liu et al., arXiv:2410.20280, section 2 and figure 2.
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from fastvid.functional import (
 from fastvid.models.mardini_config import GeneratorConfig, PlannerConfig
 from fastvid.modules.attention import AsymmetricCrossAttention, PlanningKV
 from fastvid.modules.embeddings import TimestepEmbedding
-from fastvid.modules.frame_attention import EPS, FrameAttention, Frames, clip_visibility
+from fastvid.modules.frame_attention import EPS, FrameAttention, Stream, clip_visibility
 from fastvid.modules.frames import Places, places, put, take
 from fastvid.modules.linear import apply_linear
 from fastvid.modules.mlp import MLP, GatedMLP
@@ -60,10 +60,10 @@ class PlannerBlock(nn.Module):
         self.mlp_norm = nn.RMSNorm(D, eps=EPS)
         self.mlp = _mlp(config)
 
-    def forward(self, x: Tensor, frames: Frames) -> Tensor:
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
         y = norm_modulate(x, *_weight(self.spatial_norm), rms=True, eps=EPS)
-        x, y = _add_norm(x, self.spatial(y, frames), self.clip_norm)
-        x, y = _add_norm(x, self.clip(y, frames), self.mlp_norm)
+        x, y = _add_norm(x, self.spatial(y, stream), self.clip_norm)
+        x, y = _add_norm(x, self.clip(y, stream), self.mlp_norm)
         return x + self.mlp(y)
 
 
@@ -90,10 +90,10 @@ class MarDiniPlanner(nn.Module):
         rows, columns = (size // config.patch for size in low.shape[3:])
         x = end_rows(x, self.next, rows)
         visibility = clip_visibility(T, T, x.shape[2], x.device, known, config.identity)
-        frames = Frames(T, _rotary(config, T, rows, columns, x.device), known, visibility)
+        stream = Stream(T, _rotary(config, T, rows, columns, x.device), known, visibility)
         x = x.flatten(1, 2)
         for index, block in enumerate(self.blocks):
-            x = _run(block, index < checkpoint_blocks, x, frames)
+            x = _run(block, index < checkpoint_blocks, x, stream)
         x = norm_modulate(x, *_weight(self.norm), rms=True, eps=EPS).unflatten(1, (T, -1))
         return x if self.next is None or config.signal_next else drop_ends(x, rows)
 
@@ -138,7 +138,7 @@ class GeneratorBlock(nn.Module):
         times: Tensor,
         plan: Tensor,
         context: Context,
-        frames: Frames,
+        stream: Stream,
         given: PlanningKV | None = None,
         wanted: Places | None = None,
         unwanted: Tensor | None = None,
@@ -152,29 +152,40 @@ class GeneratorBlock(nn.Module):
             wanted: only these frames come back.
             unwanted: (B or 1, F) bool, frames for which anything may come back.
         """
-        x, y = self._within(x, times, frames)
-        h, count = self.between(y, frames, given, wanted), frames.count
+        x, y = self._within(x, times, stream)
+        h, count = self.between(y, stream, given, wanted), stream.frames
         if wanted is not None:
             x = take(x.unflatten(1, (count, -1)), wanted)
             count, x = x.shape[1], x.flatten(1, 2)
-            plan, context = take(plan, wanted), _take_context(context, wanted)
+            plan, context = take(plan, wanted), self.context_of(context, wanted)
         return self._after(x, h, plan, context, count, unwanted)
 
     def alone(
-        self, x: Tensor, times: Tensor, plan: Tensor, context: Context, frames: Frames, last: bool
+        self, x: Tensor, times: Tensor, plan: Tensor, context: Context, stream: Stream, last: bool
     ) -> tuple[Tensor, PlanningKV]:
         """The same for known frames only, and what they are to others; the `last` wants just that.
 
         A known frame never sees another, so this is all that there is to know of it.
         """
-        x, y = self._within(x, times, frames)
-        h, given = self.between.alone(y, frames, last=last)
-        return x if last else self._after(x, h, plan, context, frames.count), given
+        x, y = self._within(x, times, stream)
+        h, given = self.between.alone(y, stream, last=last)
+        return x if last else self._after(x, h, plan, context, stream.frames), given
 
-    def _within(self, x: Tensor, times: Tensor, frames: Frames) -> tuple[Tensor, Tensor]:
+    def context_of(self, context: Context, chosen: Places) -> Context:
+        """What the chosen frames read of the context of all."""
+        whole = self.cross.scope == "clip"  # then all of it, as the one frame that all share
+
+        def part_of(part: Tensor) -> Tensor:
+            return part.flatten(1, 2)[:, None] if whole else take(part, chosen)
+
+        if isinstance(context, Tensor):
+            return part_of(context)
+        return PlanningKV(*map(part_of, context))
+
+    def _within(self, x: Tensor, times: Tensor, stream: Stream) -> tuple[Tensor, Tensor]:
         """Attention within frames, and the norm for that between them."""
         shift, scale, gate = self.spatial_condition(times)
-        h = self.spatial(norm_modulate(x, shift, scale, rms=True, eps=EPS), frames)
+        h = self.spatial(norm_modulate(x, shift, scale, rms=True, eps=EPS), stream)
         return _add_norm(x, h, self.between_norm, gate)
 
     def _after(
@@ -234,7 +245,8 @@ class MarDiniGenerator(nn.Module):
             frame = apply_linear(self.plan, signal.mean(2))
         if not project:
             return Planning((signal,) * len(self.blocks), frame)
-        return Planning(tuple(block.cross.project_context(signal) for block in self.blocks), frame)
+        blocks = cast(list[GeneratorBlock], self.blocks)
+        return Planning(tuple(block.cross.project_context(signal) for block in blocks), frame)
 
     def forward(
         self,
@@ -247,7 +259,7 @@ class MarDiniGenerator(nn.Module):
         """(B, C, T, H, W), (B or 1,) and known (B or 1, T) to velocities, 0 in known frames."""
         wanted = places(~known)
         known = known.to(latents.device, non_blocking=True)
-        x, frames = self._enter(latents, known)
+        x, stream = self._enter(latents, known)
         times = self._times(timestep)
         if self.config.ref_t == "zero":
             times = self._times(torch.zeros_like(timestep)).where(known[:, :, None], times)
@@ -256,12 +268,12 @@ class MarDiniGenerator(nn.Module):
             ends: tuple[Any, ...] = ()
             if index == len(self.blocks) - 1:
                 ends = (None, wanted, known if wanted is None else None)
-            x = _run(block, index < checkpoint_blocks, x, times, plan, context, frames, *ends)
+            x = _run(block, index < checkpoint_blocks, x, times, plan, context, stream, *ends)
         if wanted is not None:
             times = take(times, wanted)
         x = self._leave(x, times, latents)
         if wanted is not None:
-            return put(x, wanted, frames.count, dim=2)
+            return put(x, wanted, stream.frames, dim=2)
         return x.where(~known[:, None, :, None, None], 0)
 
     def references(self, clean: Tensor, known: Tensor, planning: Planning) -> References:
@@ -271,32 +283,39 @@ class MarDiniGenerator(nn.Module):
         if ours is None or others is None:
             counts = known.sum(1).tolist()
             raise ValueError(f"known must hold as many frames in each sample, got {counts}")
-        x, frames = self._enter(clean, None, ours)
+        x, stream = self._enter(clean, None, ours)
         times = self._times(torch.zeros(1, dtype=torch.int64, device=clean.device))
-        own, given = _take_planning(planning, ours), []
+        own, given = self._planning_of(planning, ours), []
         plan = times + own.frame
-        for index, (block, context) in enumerate(zip(self.blocks, own.contexts, strict=True)):
-            last = index == len(self.blocks) - 1
-            x, kv = block.alone(x, times, plan, context, frames, last)
+        blocks = cast(list[GeneratorBlock], self.blocks)
+        for index, (block, context) in enumerate(zip(blocks, own.contexts, strict=True)):
+            last = index == len(blocks) - 1
+            x, kv = block.alone(x, times, plan, context, stream, last)
             given.append(kv)
-        return References(tuple(given), _take_planning(planning, others), others, known.shape[1])
+        return References(tuple(given), self._planning_of(planning, others), others, known.shape[1])
 
     def with_references(self, latents: Tensor, timestep: Tensor, known: References) -> Tensor:
         """As `forward`, computing the unknown frames only."""
-        x, frames = self._enter(latents, None, known.places)
+        x, stream = self._enter(latents, None, known.places)
         times = self._times(timestep)
         plan = times + known.planning.frame
         parts = zip(self.blocks, known.planning.contexts, known.given, strict=True)
         for block, context, given in parts:
-            x = block(x, times, plan, context, frames, given)
+            x = block(x, times, plan, context, stream, given)
         return put(self._leave(x, times, latents), known.places, known.frames, dim=2)
+
+    def _planning_of(self, planning: Planning, chosen: Places) -> Planning:
+        """What the chosen frames read of it."""
+        parts = zip(cast(list[GeneratorBlock], self.blocks), planning.contexts, strict=True)
+        contexts = tuple(block.context_of(context, chosen) for block, context in parts)
+        return Planning(contexts, take(planning.frame, chosen))
 
     def _times(self, timestep: Tensor) -> Tensor:
         return self.timestep(timestep)[:, None]
 
     def _enter(
         self, latents: Tensor, known: Tensor | None, chosen: Places | None = None
-    ) -> tuple[Tensor, Frames]:
+    ) -> tuple[Tensor, Stream]:
         """Tokens (B, F * N, D) of all frames, or of those chosen, and what attention must know."""
         config, T = self.config, latents.shape[2]
         if chosen is not None:
@@ -308,7 +327,7 @@ class MarDiniGenerator(nn.Module):
         if config.attention == "clip":
             visibility = clip_visibility(count, T, tokens, x.device, known, config.identity)
         rotary = _rotary(config, T, rows, columns, x.device, chosen)
-        return x.flatten(1, 2), Frames(count, rotary, known, visibility)
+        return x.flatten(1, 2), Stream(count, rotary, known, visibility)
 
     def _leave(self, x: Tensor, times: Tensor, latents: Tensor) -> Tensor:
         """Tokens (B, F * N, D) to velocities (B, C, F, H, W)."""
@@ -372,14 +391,3 @@ def _rotary(
     grid = torch.stack(torch.meshgrid(*ranges, indexing="ij"), -1)[None]  # (1, T, N, 2)
     grid = grid if chosen is None else take(grid, chosen)
     return Rotary.of(tables, grid.flatten(1, 2))
-
-
-def _take_context(context: Context, chosen: Places) -> Context:
-    if isinstance(context, Tensor):
-        return take(context, chosen)
-    return PlanningKV(*(take(part, chosen) for part in context))
-
-
-def _take_planning(planning: Planning, chosen: Places) -> Planning:
-    contexts = tuple(_take_context(context, chosen) for context in planning.contexts)
-    return Planning(contexts, take(planning.frame, chosen))

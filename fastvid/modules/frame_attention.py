@@ -30,10 +30,10 @@ Identity = Literal["self_token", "self_frame", "bypass", "none"]
 EPS = 1e-6
 
 
-class Frames(NamedTuple):
+class Stream(NamedTuple):
     """What attention must know of the F frames of a stream of tokens (B, F * N, D)."""
 
-    count: int  # F
+    frames: int  # F
     rotary: Rotary
     known: Tensor | None = None  # (B or 1, F) bool; None: all are to be made
     visibility: Visibility | None = None  # of all frames that attention over a clip reads
@@ -76,7 +76,7 @@ class FrameAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        frames: Frames,
+        stream: Stream,
         given: PlanningKV | None = None,
         wanted: Places | None = None,
     ) -> Tensor:
@@ -85,14 +85,15 @@ class FrameAttention(nn.Module):
         `given`, from `alone`, is (B, R, N, heads, E); then no frame of x is known. Of `wanted`
         frames only, if that is said.
         """
-        q, k, v = self._project(x, frames)
+        q, k, v = self._project(x, stream)
         if self.over == "frame":
             out = _within_frames(q, k, v)
         elif self.over == "clip":
             if given is not None:
                 k, v = torch.cat([given.k, k], 1), torch.cat([given.v, v], 1)
-            assert frames.visibility is not None
-            out = masked_attention(*(part.flatten(1, 2) for part in (q, k, v)), frames.visibility)
+            assert stream.visibility is not None
+            q_, k_, v_ = (part.flatten(1, 2) for part in (q, k, v))
+            out = masked_attention(q_, k_, v_, stream.visibility)
         elif given is not None:
             # As many queries as keys: a known frame's are never read.
             q, k, v = (
@@ -102,25 +103,25 @@ class FrameAttention(nn.Module):
             out = temporal_attention(q, k, v, known=known)[:, given.k.shape[1] :]
         else:
             out = temporal_attention(
-                q, k, v, known=None if self.identity == "none" else frames.known
+                q, k, v, known=None if self.identity == "none" else stream.known
             )
         out = out.view(*q.shape[:1], -1, *q.shape[2:])
         if wanted is not None:
             out = take(out, wanted)
         out = apply_linear(self.proj, out.flatten(-2))
-        if wanted is None and self.identity == "bypass" and frames.known is not None:
-            out = out.where(~frames.known[:, :, None, None], 0)
+        if wanted is None and self.identity == "bypass" and stream.known is not None:
+            out = out.where(~stream.known[:, :, None, None], 0)
         return out.flatten(1, 2)
 
     def alone(
-        self, x: Tensor, frames: Frames, *, last: bool = False
+        self, x: Tensor, stream: Stream, *, last: bool = False
     ) -> tuple[Tensor | None, PlanningKV]:
         """What known frames x find in themselves, None if nothing; and what they are to others.
 
         `last` wants only the second. Queries of frames that see one token are never made.
         """
         own_frame = self.identity == "self_frame" and not last
-        q, k, v = self._project(x, frames, queries=own_frame)
+        q, k, v = self._project(x, stream, queries=own_frame)
         out = None
         if not last and self.identity != "bypass":
             out = _within_frames(q, k, v) if own_frame else v
@@ -128,7 +129,7 @@ class FrameAttention(nn.Module):
         return out, PlanningKV(k, v)
 
     def _project(
-        self, x: Tensor, frames: Frames, *, queries: bool = True
+        self, x: Tensor, stream: Stream, *, queries: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v (B, F, N, heads, E), normalised and turned; q is k without `queries`."""
         k, v = apply_linear_parts(self.kv, x, 2)
@@ -144,9 +145,9 @@ class FrameAttention(nn.Module):
             q_bias=getattr(self.q_norm, "bias", None),
             k_bias=getattr(self.k_norm, "bias", None),
             eps=EPS,
-            rotary=frames.rotary,
+            rotary=stream.rotary,
         )
-        return tuple(part.unflatten(1, (frames.count, -1)) for part in (q if queries else k, k, v))
+        return tuple(part.unflatten(1, (stream.frames, -1)) for part in (q if queries else k, k, v))
 
 
 def clip_visibility(

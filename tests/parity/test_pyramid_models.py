@@ -10,6 +10,7 @@ from functools import cache
 import pytest
 import torch
 
+from benchmarks.rivals.pyramid_eager import PyramidFluxEager
 from fastvid.models.pyramid_columns import Column, arrange, clip_sizes, trimmed
 from fastvid.models.pyramid_flow import PyramidFlux, PyramidMMDiT
 from tests.parity.reference import cases, load, under
@@ -115,10 +116,7 @@ def test_gradients(path_of_weights, gradients):
     model, tensors = network(path_of_weights), load(path_of_weights)[1]
     model.zero_grad()
     loss(model, tensors).backward()
-    own = {name: value.grad for name, value in model.named_parameters()}
-    shadow = type(model)(model.config)
-    shadow.load_state_dict(own)
-    found = shadow.to_official_state_dict()
+    found = model.official_names({name: value.grad for name, value in model.named_parameters()})
     for name, reference in under(load(gradients)[1], "grad.").items():
         torch.testing.assert_close(found[name], reference, rtol=1e-4, atol=1e-7, msg=name)
 
@@ -184,3 +182,24 @@ def test_official_weights_come_back_bit_for_bit(path):
     back = network(path).to_official_state_dict()
     assert back.keys() == weights.keys()
     assert all(torch.equal(back[name], weights[name]) for name in weights)
+
+
+def test_the_rival_of_the_benchmark_is_the_official_model(path):
+    tensors = load(path)[1]
+    if not isinstance(network(path), PyramidFlux):
+        pytest.skip("the rival is miniFLUX")
+    rival = PyramidFluxEager(network(path).config)
+    rival.load_state_dict(under(tensors, "state."))
+    columns = columns_of(tensors)
+    inputs = ("timestep_ratio", "encoder_hidden_states", "encoder_attention_mask")
+    timestep, text, valid = (tensors[f"in.{name}"] for name in inputs)
+    with torch.no_grad():
+        outputs = rival(
+            [[*column.history, column.latents] for column in columns],
+            timestep,
+            text,
+            valid.bool(),
+            tensors["in.pooled_projections"],
+        )
+    for c, out in enumerate(outputs):
+        close(out, tensors[f"out.{c}"], f"out.{c}")
