@@ -76,6 +76,9 @@ GOALS = [
     Goal("noising/given B=64 *", "of_copy", 0.87, 0.92),
     Goal("noising/drawn B=64 *", "of_copy", 0.75, 0.85),  # bound by the draw, 6 bytes a normal
     Goal("noising/mse* B=64 *", "of_copy", 0.87, 0.92),
+    Goal("pyramid_renoise/* B=1 C=16 T=1 H=48 W=80 float32", "us", 5.0, 4.0, at_most=True),
+    Goal("pyramid_renoise/given B=32 *", "of_copy", 0.87, 0.92),
+    Goal("pyramid_renoise/drawn B=32 *", "of_copy", 0.65, 0.73),  # bound by the draw
     Goal("vdt/step L/2 * bfloat16 compiled", "wall_ratio_p50", 1.3, 1.5),
     Goal("vdt/step L/2 * bfloat16 compiled", "peak_ratio", 0.7, 0.6, at_most=True),
     Goal("vdt/sample L/2 * bfloat16 compiled", "wall_ratio_p50", 1.3, 1.5),

@@ -14,6 +14,7 @@ from benchmarks.kernels import (
     bench_guided_step,
     bench_masked_attention,
     bench_modulate,
+    bench_pyramid_renoise,
     bench_temporal_attention,
 )
 
@@ -84,6 +85,9 @@ def test_bytes_by_hand():
     # state and two bfloat16 branches | state; where known, clean | state
     assert count((2, 3, 4, 8, 8), torch.bfloat16) == (4 + 2 * 2 + 4) * numbers
     assert count((2, 3, 4, 8, 8), torch.float32, 0.25) == (4 + 2 * 4 * 0.75 + 4) * numbers
+    count, numbers = bench_pyramid_renoise.nbytes, 2 * 3 * 4 * 8 * 8
+    assert count((2, 3, 4, 8, 8), torch.float32, given=False) == (1 + 4) * 4 * numbers  # x | out
+    assert count((2, 3, 4, 8, 8), torch.bfloat16, given=True) == (1 + 4 + 4) * 2 * numbers  # noise
 
 
 def counts_of(room, column="nbytes"):
