@@ -1,5 +1,6 @@
 # `make test` and `make demo` each work alone on a fresh clone. Nothing outside .venv is changed.
 #   make test PARITY=folder    also compare with reference tensors
+#   make test WORKERS=0        in one process, for a debugger
 #   make demo DATA=folder      train on your own clips
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -10,6 +11,8 @@ comma := ,
 EXTRAS := test,dev,train,models,video,metrics,bench$(if $(GPU),,$(comma)triton)
 # Where the CPU build of torch comes from on a machine without a GPU; PyPI's own needs gigabytes.
 TORCH_INDEX ?= $(if $(GPU),,https://download.pytorch.org/whl/cpu)
+# One thread for each: together they keep every core busy.
+WORKERS ?= auto
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .PHONY: install test demo lint bench clean
@@ -27,7 +30,8 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
 	touch $@
 
 test: install
-	$(BIN)/python -m pytest -q $(if $(PARITY),--parity-dir=$(PARITY)) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses=8 --dist=worksteal \
+	  $(if $(PARITY),--parity-dir=$(PARITY)) $(ARGS)
 
 demo: install
 	$(BIN)/python -m fastvid demo $(if $(DATA),--data $(DATA)) $(ARGS)

@@ -1,9 +1,9 @@
 """One run on a GPU machine, from the checkout: environment, ceilings, tests, kernels, models.
 
 Needs torch, Triton, numpy, einops and pytest, nothing else. Every row is on disk as soon as it is
-measured, those with the most important goals first (`goals.py`), and a second run with the same
---out leaves out what is there. The table of goals stands last. `--dry-run` goes the same way on a
-CPU with tiny sizes.
+measured, those with the most important goals first (`goals.py`). A second run with the same --out
+leaves out what this commit has measured and goes on; what failed or was skipped comes last, once
+more. The table of goals stands at the end. `--dry-run` goes the same way on a CPU with tiny sizes.
 """
 
 import argparse
@@ -14,11 +14,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import goals, harness, machine, run, run_models
+from benchmarks import goals, harness, machine, rows, run, run_models
 
 TESTS = "pytest -m gpu"  # the case of the row that says how they went
 
@@ -29,6 +29,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for what is found")
     parser.add_argument("--minutes", type=float, default=9.0, help="for everything together")
     parser.add_argument("--row-seconds", type=float, default=20.0, help="at most, per case")
+    parser.add_argument("--model-seconds", type=float, default=75.0, help="at most, per model row")
+    parser.add_argument("--keep-failed", action="store_true", help="leave out what failed, too")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, with tiny sizes")
     arguments = parser.parse_args(argv)
     end = time.monotonic() + 60 * arguments.minutes
@@ -42,17 +44,20 @@ def main(argv: list[str]) -> int:
     (arguments.out / "environment.json").write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1), flush=True)
 
-    rows = arguments.out / "rows.jsonl"
-    before = harness.read_rows(rows)
-    done = {row["case"] for row in before if row["case"] != TESTS or row["match"]}
-    if TESTS not in done:
-        harness.append(rows, [_tests(arguments.out / "tests.log", (end - time.monotonic()) / 2)])
-    left = [job for job in _jobs(device, arguments, ceilings) if job[0] not in done]
-    for position, (label, measure) in enumerate(left):
+    path, commit = arguments.out / "rows.jsonl", report["commit"]
+    done = {row["case"] for row in _last(path, commit)}
+    failed = {row["case"] for row in _last(path, commit) if "failed" in row or "skipped" in row}
+    if not _passed(path, commit):
+        row = _tests(arguments.out / "tests.log", (end - time.monotonic()) / 2)
+        harness.append(path, [{**row, "commit": commit}])
+    jobs = _jobs(device, arguments, ceilings)
+    left = [job for job in jobs if job.label not in done]
+    left += [job for job in jobs if job.label in failed] * (not arguments.keep_failed)
+    for position, (label, measure, most) in enumerate(left):
         if time.monotonic() > end:
             print(f"\nout of time: {len(left) - position} cases left; run again to go on")
             break
-        budget = min(arguments.row_seconds, end - time.monotonic())
+        budget = min(most, end - time.monotonic())
         try:
             found, text = measure(budget)
         except Exception as error:  # the case as a whole; the next one may do better
@@ -60,18 +65,35 @@ def main(argv: list[str]) -> int:
             what["failed"] = harness.in_one_line(error)
             found = [machine.environment(device) | what]
             text = f"{label}\n  {found[0]['failed']}"
-        harness.append(rows, found)
+        harness.append(path, found)
         print("\n" + text, flush=True)
         if not _device_works(device):
             _start_again(arguments, end - time.monotonic())
-    found = harness.read_rows(rows)
+    found = _last(path, commit)
     print("\n" + goals.table(found))
-    complete = {job[0] for job in left} | done <= {row["case"] for row in found}
-    passed = [row["match"] for row in found if row["case"] == TESTS][-1]
-    return 0 if passed and complete and harness.matches(found) else 1
+    complete = {job.label for job in jobs} <= {row["case"] for row in found}
+    return 0 if _passed(path, commit) and complete and harness.matches(found) else 1
 
 
-Job = tuple[str, Callable[[float], tuple[list[harness.Row], str]]]
+class Job(NamedTuple):
+    """A case or a model's row: what it is called, how it is measured, in how many seconds."""
+
+    label: str
+    measure: Callable[[float], tuple[list[harness.Row], str]]
+    seconds: float
+
+
+def _last(path: Path, commit: str | None) -> list[harness.Row]:
+    """What this commit has measured, the last of each."""
+    found = rows.read(path) if path.exists() else []
+    return rows.latest(row for row in found if row.get("commit") == commit)
+
+
+def _passed(path: Path, commit: str | None) -> bool:
+    """Whether the tests of this commit did, when they were run last."""
+    found = harness.read_rows(path)
+    ends = [row["match"] for row in found if row["case"] == TESTS and row.get("commit") == commit]
+    return bool(ends) and ends[-1]
 
 
 def _jobs(
@@ -86,7 +108,7 @@ def _jobs(
             found = harness.measure(case, device, budget=budget, ceilings=ceilings, **options)
             return found, harness.table(found)
 
-        return case.label, measure
+        return Job(case.label, measure, arguments.row_seconds)
 
     def of_model(bench: Any, spec: dict[str, Any]) -> Job:
         def measure(budget):
@@ -94,12 +116,13 @@ def _jobs(
             row = {**ceilings, **machine.environment(device), **row}
             return [row], bench.line(row)
 
-        return bench.label(spec), measure
+        return Job(bench.label(spec), measure, arguments.model_seconds)
 
     jobs = [of_case(case) for room in run.rooms() for case in run.cases(room, device, quick)]
     for bench in map(run_models.bench, run_models.names()):
-        jobs += [of_model(bench, spec) for spec in bench.specs(device, quick)]
-    return sorted(jobs, key=lambda job: goals.value_of(job[0]))
+        specs = bench.specs(device, quick)
+        jobs += [of_model(bench, spec) for spec in (specs[:1] if quick else specs)]
+    return sorted(jobs, key=lambda job: goals.value_of(job.label))
 
 
 def _tests(log: Path, seconds: float) -> harness.Row:
@@ -129,10 +152,11 @@ def _device_works(device: torch.device) -> bool:
 
 
 def _start_again(arguments: argparse.Namespace, seconds: float) -> None:
-    """Go on in a new process image, after the rows that are there."""
+    """Go on in a new process image, after the rows that are there and the one that failed."""
     print("the device does not answer any more: starting again", flush=True)
     command = [sys.executable, "-m", "benchmarks", "gpu", "--out", str(arguments.out.resolve())]
     command += ["--minutes", str(max(0.0, seconds / 60))]
     command += ["--row-seconds", str(arguments.row_seconds)]
+    command += ["--model-seconds", str(arguments.model_seconds), "--keep-failed"]
     os.chdir(machine.ROOT)
     os.execv(sys.executable, command)

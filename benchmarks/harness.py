@@ -39,6 +39,7 @@ class Case:
     oracle: Callable[..., Thunk]  # binds float64 inputs
     nbytes: int  # that cannot but be read and written
     flops: int = 0
+    sets: int = 128  # of inputs, at most; fewer where a rival takes a second
     missing: dict[str, str] = field(default_factory=dict)  # rival -> how to install it
 
     @property
@@ -104,18 +105,22 @@ def measure(
             return measure(case, device, clock=clock, **options)
     torch._dynamo.reset()  # else the compiled rival falls back after eight cases
     end = clock() + budget
-    inputs = _rotating(case, device, sets)
-    worth = judge(case, inputs[0])
+    inputs = _rotating(case, device, min(sets, case.sets))
     thunks: dict[str, list[Thunk]] = {}
     rows: dict[str, Row] = {}
+    thunks["eager"], eager, cost = _first_calls(case.rivals["eager"], inputs, device, clock)
+    worth = judge(case, inputs[0], eager)
+    rows["eager"] = {**cost, **worth(eager)}
+    del eager
     for name, bind in case.rivals.items():
-        if clock() > end:
-            rows[name] = {"skipped": f"the row's {budget:.3g} s were over"}
+        if name != "fastvid" and clock() > end:
+            rows.setdefault(name, {"skipped": f"the row's {budget:.3g} s were over"})
             continue
         try:
-            thunks[name], result, cost = _first_calls(bind, inputs, device, clock)
-            rows[name] = {**cost, **worth(result)}
-            del result
+            if name != "eager":
+                thunks[name], result, cost = _first_calls(bind, inputs, device, clock)
+                rows[name] = {**cost, **worth(result)}
+                del result
             if device.type == "cuda":
                 rows[name] |= _peaks(thunks[name][0])
         except Exception as error:  # no kernel for this size, out of memory: the others go on
@@ -137,7 +142,7 @@ def measure(
         **environment(device),
         **gpu_state(device),
     }
-    found = [{**common, "rival": name, **row} for name, row in rows.items()]
+    found = [{**common, "rival": name, **rows[name]} for name in case.rivals]
     return found + [{**common, "rival": name, "install": how} for name, how in case.missing.items()]
 
 
@@ -158,27 +163,27 @@ def _first_calls(bind, inputs, device, clock) -> tuple[list[Thunk], Any, Row]:
 
 
 def _times(thunks, device, seconds, end, clock) -> dict[str, Row]:
-    """The columns of time; `ratio_*` is theirs over ours, call by call."""
-    if not thunks:
-        return {}
+    """The columns of time; `ratio_*` is theirs over ours, call by call.
+
+    Both are replays or both are eager calls: what cannot be captured is compared with our calls.
+    """
     rounds = -(-5 // len(next(iter(thunks.values()))))  # a round takes every set of inputs
     turns = {name: wall(calls, device, clock) for name, calls in thunks.items()}
-    times = interleave(turns, seconds, clock, rounds, end - clock())
+    walls = interleave(turns, seconds, clock, rounds, end - clock())
     columns: dict[str, Row] = {name: {} for name in thunks}
-    if device.type == "cuda":
-        replays = {}
-        for name, calls in thunks.items():
-            columns[name]["wall_p50_ms"] = 1e3 * quantile(times[name], 0.5)
-            try:
-                replays[name] = replay(calls)
-            except Exception as error:  # it waits for the device, or its library does
-                columns[name]["not_captured"] = in_one_line(error)
-                replays[name] = turns[name]  # eager calls, then
-        times = interleave(replays, seconds, clock, limit=end - clock())
-    for name, found in times.items():
-        columns[name] |= quantiles(found, "*_ms", 1e3)
-        if "fastvid" in times:
-            pairs = zip(found, times["fastvid"], strict=True)
+    replays = {}
+    for name, calls in thunks.items() if device.type == "cuda" else ():
+        columns[name]["wall_p50_ms"] = 1e3 * quantile(walls[name], 0.5)
+        try:
+            replays[name] = replay(calls)
+        except Exception as error:  # it waits for the device, or its library does
+            columns[name]["not_captured"] = in_one_line(error)
+    replayed = interleave(replays, seconds, clock, limit=end - clock()) if replays else {}
+    for name in thunks:
+        columns[name] |= quantiles(replayed.get(name, walls[name]), "*_ms", 1e3)
+        of_a_kind = replayed if {name, "fastvid"} <= replayed.keys() else walls
+        if "fastvid" in thunks:
+            pairs = zip(of_a_kind[name], of_a_kind["fastvid"], strict=True)
             columns[name] |= quantiles((a / b for a, b in pairs), "ratio_*")
     return columns
 
@@ -273,17 +278,19 @@ def _rotating(case: Case, device: torch.device, most: int) -> list[tuple[Tensor,
     return [first] + [case.make_inputs(device) for _ in range(sets - 1)]
 
 
-def judge(case: Case, inputs: tuple[Tensor, ...]) -> Callable[[Any], dict[str, Any]]:
+def judge(case: Case, inputs: tuple[Tensor, ...], eager: Any) -> Callable[[Any], dict[str, Any]]:
     """Compare a result with the oracle by the budget of the tests.
 
     The largest error may be twice eager's and the root mean square 1.2 times eager's, both with a
     rounding of the result on top; errors are relative to the largest value.
+
+    Args:
+        eager: its result on these inputs.
     """
     exact = _tensors(case.oracle(*(tensor.double() for tensor in inputs))())
-    eager = _tensors(case.rivals["eager"](*inputs)())
     allowed = [
         (2 * largest + eps * size.abs().max().item(), 1.2 * typical + rounding * _rms(size))
-        for tensor, size in zip(eager, exact, strict=True)
+        for tensor, size in zip(_tensors(eager), exact, strict=True)
         for largest, typical in [_errors(tensor, size)]
         for eps in [torch.finfo(tensor.dtype).eps]
         for rounding in [eps / 4 if size.numel() >= 64 else eps / 2]  # few do not average out

@@ -23,7 +23,21 @@ ROOT = Path(__file__).parent.parent
 def environment(device: torch.device) -> dict[str, Any]:
     """The machine and the versions that a number belongs to."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-    return {**_fixed(device), "threads": torch.get_num_threads(), "cores": cores}
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return {**_fixed(device), "threads": torch.get_num_threads(), "cores": cores, "date": now}
+
+
+def folder(device: torch.device) -> str:
+    """`nvidia-h200` or `cpu-x86-64-2-cores`: where results of this kind of machine are kept."""
+    name = f"cpu {platform.machine()} {os.cpu_count()} cores"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return slug(name)
+
+
+def slug(text: str) -> str:
+    """The words of a text as a name of a file."""
+    return "-".join("".join(c if c.isalnum() else " " for c in text.lower()).split())
 
 
 @functools.cache
@@ -45,7 +59,6 @@ def _fixed(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "driver": gpu_state(device)["driver"],
         "commit": done.stdout.strip() or None,
-        "date": time.strftime("%Y-%m-%d"),
     }
 
 

@@ -18,7 +18,8 @@ def peaks(row: dict[str, Any], quick: bool) -> dict[str, float]:
     if "p50_ms" not in row:
         return {}
     names = "room", "case", "rival", "threads"
-    found = Contender(__spec__.name, {**{n: row[n] for n in names}, "quick": quick}).finish()
+    with Contender(__spec__.name, {**{n: row[n] for n in names}, "quick": quick}) as contender:
+        found = contender.finish()
     peak = found["peak_mib"]
     return {"peak_mib": peak, "extra_mib": peak - found["baseline_mib"]}
 

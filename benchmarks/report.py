@@ -2,8 +2,8 @@
 
 Per machine and room a roofline or the share of a copy, bars against the rivals, time and memory
 over frames and resolution, the history over commits; then the tables of the papers. The page holds
-its pictures; the same pictures lie beside it as PNG files. `--readme` renews the picture and the
-table of VDT in the project's README instead.
+its pictures; the same pictures lie beside it as PNG files. `--readme` instead renews what is made
+from results in the READMEs: the project's and those of the rooms.
 """
 
 import argparse
@@ -11,16 +11,13 @@ import base64
 import html
 import io
 import itertools
-from collections import defaultdict
 from pathlib import Path
 
-from benchmarks import plots, rows
+from benchmarks import plots, readme, rows
 from benchmarks.harness import Row
-from benchmarks.papers import RESULTS, tables
+from benchmarks.machine import slug
+from benchmarks.papers import tables
 
-README = Path(__file__).parents[1] / "README.md"
-
-MARKS = ("<!-- made by python -m benchmarks report --readme -->", "<!-- end -->")
 STYLE = """
 body { font: 15px/1.5 Georgia, serif; color: #111; }
 body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
@@ -54,7 +51,7 @@ def build(found: list[Row], out: Path) -> Path:
         body.append(f"<h2>{html.escape(machine + on)}</h2>")
         body.append(f"<p>{html.escape(_versions(own))}</p>")
         for room, rows_of_room in itertools.groupby(sorted(own, key=_room), _room):
-            body += _room_section(list(rows_of_room), out, f"{_slug(machine)}-{threads}-{room}")
+            body += _room_section(list(rows_of_room), out, f"{slug(machine)}-{threads}-{room}")
     body.append("<h2>The papers' tables</h2>")
     for name, table in tables.TABLES.items():
         made = table(rows.latest(found))
@@ -68,37 +65,7 @@ def build(found: list[Row], out: Path) -> Path:
     return page
 
 
-def table_of_models(found: list[Row]) -> str:
-    """The duels of models on one CPU core, as the Markdown table of the project's README."""
-    duels: dict[tuple, dict[str, Row]] = defaultdict(dict)
-    for row in rows.latest(found):
-        if row["device"] == "cpu" and row["threads"] == 1 and row.get("match"):
-            duels[row["case"], row["machine"]][row["rival"]] = row
-    lines = []
-    for (case, *_), sides in duels.items():
-        ours, theirs = sides["fastvid"], sides["eager"]
-        seconds = " | ".join(f"{side['p50_ms'] / 1e3:.3g} s" for side in (ours, theirs))
-        peak = f"{ours['peak_ratio']:.2f}" if "peak_ratio" in ours else ""
-        name = case.partition("/")[2]
-        lines.append(f"| {name} | {seconds} | {theirs['ratio_p50']:.2f}x | {peak} |")
-    head = ["| | fastvid | plain PyTorch | time | memory |", "|---|---|---|---|---|"]
-    return "\n".join(head + sorted(lines))
-
-
-def renew_readme(found: list[Row], readme: Path, picture: Path) -> None:
-    """Put the picture and the table of the models between the README's two marks."""
-    models = [row for row in found if row["room"] == "vdt" and row.get("threads") == 1]
-    figure = plots.versus([row for row in rows.latest(models) if row.get("match")])
-    if figure is None:
-        raise ValueError("found must hold a model beside its rival, got none")
-    figure.savefig(picture, dpi=130)
-    text = readme.read_text()
-    begin, end = (text.index(mark) for mark in MARKS)
-    body = f"{MARKS[0]}\n{table_of_models(models)}\n"
-    readme.write_text(text[:begin] + body + text[end:])
-
-
-def _room_section(own: list[Row], out: Path, slug: str) -> list[str]:
+def _room_section(own: list[Row], out: Path, stem: str) -> list[str]:
     last = rows.latest(own)
     shown = [row for row in last if row.get("match")]
     body = [f"<h3>{html.escape(own[0]['room'])}</h3>"]
@@ -109,7 +76,7 @@ def _room_section(own: list[Row], out: Path, slug: str) -> list[str]:
             continue
         data = io.BytesIO()
         figure.savefig(data, format="png", dpi=130)
-        name = f"{slug}-{_slug(title)}.png"
+        name = f"{stem}-{slug(title)}.png"
         (out / name).write_bytes(data.getvalue())
         source = base64.b64encode(data.getvalue()).decode()
         caption = html.escape(title)
@@ -164,11 +131,9 @@ def _versions(own: list[Row]) -> str:
         for name in names
         if any(row.get(name) for row in own)
     ]
-    return "; ".join([*parts, "measured " + " and ".join(sorted({row["date"] for row in own}))])
-
-
-def _slug(text: str) -> str:
-    return "-".join("".join(c if c.isalnum() else " " for c in text.lower()).split())
+    return "; ".join(
+        [*parts, "measured " + " and ".join(sorted({row["date"][:10] for row in own}))]
+    )
 
 
 def main(argv: list[str]) -> int:
@@ -178,13 +143,13 @@ def main(argv: list[str]) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--results", type=Path, default=RESULTS, help="file or folder of results")
+    parser.add_argument("--results", type=Path, default=rows.RESULTS, help="file or folder")
     parser.add_argument("--out", type=Path, default=Path("runs/report"), help="folder to write")
-    parser.add_argument("--readme", action="store_true", help="renew the project's README")
+    parser.add_argument("--readme", action="store_true", help="renew the READMEs instead")
     arguments = parser.parse_args(argv)
     found = rows.read(arguments.results)
     if arguments.readme:
-        renew_readme(found, README, RESULTS / "vdt.png")
+        readme.renew(found, rows.RESULTS / "models.png")
     else:
         print(build(found, arguments.out))
     return 0

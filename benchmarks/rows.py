@@ -1,10 +1,13 @@
 """What result files hold, in one shape: a row is one rival's result on one case."""
 
+import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from benchmarks.harness import Row, read_rows
 
+RESULTS = Path(__file__).parent / "results"
 SIDES = ("fastvid", "eager")  # of a duel of models
 
 
@@ -26,13 +29,38 @@ def read(path: Path) -> list[Row]:
 
 def setting(row: Row) -> tuple:
     """What two rows must share to be the same measurement on the same machine."""
-    names = ("case", "rival", "machine", "threads", "compiled")
-    return tuple(row.get(name) for name in names)
+    return row["case"], row.get("rival"), *place(row)
+
+
+def place(row: Row) -> tuple:
+    """The machine, and how much of it a measurement had."""
+    return tuple(row.get(name) for name in ("machine", "threads", "compiled"))
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
     """The last of the rows that measure the same."""
     return list({setting(row): row for row in rows}.values())
+
+
+def save(path: Path, rows: list[Row], cases: list[str] | None = None) -> None:
+    """Put the rows of one case in the place of its older ones on the same machine.
+
+    Args:
+        path: of a JSON Lines file, which need not be there.
+        rows: of one case, as measured.
+        cases: the labels of all cases that there are, in their order; rows of others are dropped.
+            None keeps all.
+    """
+    case, here = rows[0]["case"], place(rows[0])
+    before = read_rows(path)
+    order = cases or list(dict.fromkeys(row["case"] for row in [*before, *rows]))
+    kept = [row for row in before if row["case"] in order]
+    kept = [row for row in kept if row["case"] != case or place(row) != here]
+    kept = sorted(kept + rows, key=lambda row: (str(place(row)), order.index(row["case"])))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(".new")
+    new.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    os.replace(new, path)  # a run that is cut off leaves a whole file
 
 
 def _one_per_rival(row: Row) -> Iterator[Row]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import harness, machine
+from benchmarks import rows as results
 
 BENCHES = Path(__file__).parent / "kernels"
 
@@ -42,7 +43,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--threads", type=int, help="of the CPU, on as many cores")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="append the rows to this JSON Lines file")
+    parser.add_argument(
+        "--save", action="store_true", help="renew the rows of these cases in benchmarks/results"
+    )
     arguments = parser.parse_args(argv)
+    if arguments.save and arguments.quick:
+        parser.error("--save keeps line-ups of full size: without --quick")
     with machine.pinned(arguments.threads):
         return _run(arguments, torch.device(arguments.device))
 
@@ -59,7 +65,8 @@ def _run(arguments: argparse.Namespace, device: torch.device) -> int:
     seconds, sets = (arguments.seconds / 10, 4) if quick else (arguments.seconds, 128)
     good, found = True, 0
     for room in arguments.room or rooms():
-        for case in cases(room, device, quick):
+        every = cases(room, device, quick)
+        for case in every:
             if not is_wanted(case, arguments.name, arguments.shape, arguments.dtype):
                 continue
             case = harness.select(case, arguments.rival)
@@ -68,6 +75,9 @@ def _run(arguments: argparse.Namespace, device: torch.device) -> int:
                 rows = [row | memory.peaks(row, quick) for row in rows]
             print("\n" + harness.table(rows), flush=True)
             harness.append(arguments.out, rows)
+            if arguments.save:
+                path = results.RESULTS / machine.folder(device) / f"{room}.jsonl"
+                results.save(path, rows, [each.label for each in every])
             good = good and harness.matches(rows)
             found += 1
     if not found:

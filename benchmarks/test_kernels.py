@@ -29,7 +29,8 @@ def test_kernel(benchmark, case, rival):
         pytest.skip(f"{rival} is not here: {case.missing[rival]}")
     inputs = case.make_inputs(DEVICE)
     thunk = case.rivals[rival](*inputs)
-    match = harness.judge(case, inputs)(thunk())
+    eager = case.rivals["eager"](*inputs)()
+    match = harness.judge(case, inputs, eager)(thunk())
     benchmark.group = case.label
     benchmark.extra_info |= {**machine.environment(DEVICE), **match}
 

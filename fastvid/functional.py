@@ -14,6 +14,13 @@ from fastvid.kernels.modulate.op import (
     norm_modulate,
 )
 from fastvid.kernels.noising.op import masked_mse, noising
+from fastvid.kernels.pyramid_renoise.op import (
+    StageEndpoints,
+    latent_pyramid,
+    noise_pyramid,
+    pyramid_renoise,
+    stage_endpoints,
+)
 from fastvid.kernels.qk_norm_rope.op import qk_norm_rope
 from fastvid.kernels.qk_norm_rope.rotary import Rotary, rotary_table
 from fastvid.kernels.temporal_attention.op import temporal_attention
@@ -21,16 +28,21 @@ from fastvid.kernels.temporal_attention.op import temporal_attention
 __all__ = [
     "FrameLayout",
     "Rotary",
+    "StageEndpoints",
     "Visibility",
     "asymmetric_attention",
     "gated_residual",
     "gated_residual_norm_modulate",
     "guided_step",
+    "latent_pyramid",
     "masked_attention",
     "masked_mse",
+    "noise_pyramid",
     "noising",
     "norm_modulate",
+    "pyramid_renoise",
     "qk_norm_rope",
     "rotary_table",
+    "stage_endpoints",
     "temporal_attention",
 ]

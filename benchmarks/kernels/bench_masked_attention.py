@@ -1,8 +1,7 @@
 """`masked_attention` against what users have: slices, a dense mask, FlexAttention, no mask at all.
 
 "eager" is SDPA with a dense mask. "dense" rivals hide nothing, so they compute something else and
-never match: they say what the visible share is taken of. SDPA's fourth backend, plain products,
-would need a number for every pair.
+never match: they say what the visible share is taken of.
 """
 
 import functools
@@ -12,10 +11,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.harness import Case, backward_of, forward_of
 from benchmarks.rivals import packages
+from benchmarks.rivals.sdpa import by_backend, heads_first, sdpa
 from fastvid.functional import FrameLayout, Visibility, masked_attention
 from fastvid.kernels.masked_attention import reference
 
@@ -118,7 +117,7 @@ def _case(name, direction, make_visibility, B, heads, E, dtype, device, quick) -
     rivals = {"fastvid": lambda q, k, v: masked_attention(q, k, v, visibility)}
     rivals["eager"] = with_dense_mask(visibility, N)
     rivals["sliced"] = sliced(visibility)
-    rivals |= dense_rivals(device)
+    rivals |= by_backend("dense", sdpa) if device.type == "cuda" else {"dense": sdpa}
     if not quick and (forward or device.type == "cuda"):  # FlexAttention has no backward on a CPU
         rivals["flex"] = flex(visibility, N)
     if forward and device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0):
@@ -153,10 +152,6 @@ def by_descriptors(visibility: Visibility) -> Callable[..., Tensor]:
     return lambda q, k, v: launch_forward(q, k, v, *tables, q.shape[-1] ** -0.5, True)[0]
 
 
-def heads_first(*tensors: Tensor) -> list[Tensor]:
-    return [tensor.transpose(1, 2) for tensor in tensors]
-
-
 def with_dense_mask(visibility: Visibility, tokens: int) -> Callable[..., Tensor]:
     """SDPA with the boolean of every pair, made beforehand."""
     pairs = functools.cache(lambda: visibility.dense(tokens, tokens)[:, None])
@@ -166,11 +161,6 @@ def with_dense_mask(visibility: Visibility, tokens: int) -> Callable[..., Tensor
         return out.transpose(1, 2)
 
     return attend
-
-
-def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """SDPA that hides nothing, on (B, tokens, heads, E)."""
-    return F.scaled_dot_product_attention(*heads_first(q, k, v)).transpose(1, 2)
 
 
 def sliced(visibility: Visibility, one: packages.Attention = sdpa) -> Callable[..., Tensor]:
@@ -207,27 +197,6 @@ def sliced(visibility: Visibility, one: packages.Attention = sdpa) -> Callable[.
 def seen_span(row: list[bool]) -> int:
     """Frames from the first visible one to the last."""
     return len(row) - row.index(True) - row[::-1].index(True)
-
-
-def dense_rivals(device: torch.device) -> dict[str, Callable[..., Tensor]]:
-    """SDPA that hides nothing, by each backend of a GPU."""
-
-    def by(backend):
-        def attend_by(q, k, v):
-            with sdpa_kernel(backend):
-                return sdpa(q, k, v)
-
-        return attend_by
-
-    if device.type != "cuda":
-        return {"dense": sdpa}
-    backends = (
-        SDPBackend.FLASH_ATTENTION,
-        SDPBackend.CUDNN_ATTENTION,
-        SDPBackend.EFFICIENT_ATTENTION,
-    )
-    names = "dense flash", "dense cudnn", "dense effic."
-    return {name: by(backend) for name, backend in zip(names, backends, strict=True)}
 
 
 def from_packages(visibility: Visibility) -> dict[str, Callable[[], packages.Attention]]:

@@ -12,6 +12,7 @@ import json
 import math
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import harness, machine
+from benchmarks import harness, machine, rows
 from benchmarks.models.duel import Contender, duel, serve
 from benchmarks.rivals.vdt_eager import VDTEager
 from fastvid.diffusion.sampling import sample_ddim
@@ -159,8 +160,13 @@ def agree(ours: dict[str, float], theirs: dict[str, float]) -> bool:
     return all(error <= max(2 * theirs[name], TOLERANCE) for name, error in ours.items())
 
 
-def measure(spec: dict[str, Any], **pace: Any) -> dict[str, Any]:
-    """One row: times, memory and the match; `pace` is the turns, rounds and seconds of the duel."""
+def measure(spec: dict[str, Any], *, limit: float = math.inf, **pace: Any) -> dict[str, Any]:
+    """One row: times, memory and the match; `pace` is the turns, rounds and seconds of the duel.
+
+    Raises:
+        RuntimeError: it cannot be measured in `limit` seconds.
+    """
+    end = time.monotonic() + limit
     config, wide = config_of(spec), 2 if spec["dtype"] == "bfloat16" else 4
     with torch.device("meta"):
         weights = sum(value.numel() for value in VDT(config).parameters())
@@ -173,11 +179,12 @@ def measure(spec: dict[str, Any], **pace: Any) -> dict[str, Any]:
         files = {name: str(Path(folder, name)) for name in ("fastvid", "eager", "exact")}
         specs = {name: {**spec, "rival": name, "save": file} for name, file in files.items()}
         exact = specs.pop("exact") | {"rival": "eager", "dtype": "float32", "compile": False}
-        row = duel(__spec__.name, specs, **pace, need_mib=need)
         if spec["dtype"] == "float32":
             files["exact"] = files["eager"]
         else:
-            Contender(__spec__.name, exact).finish()
+            with Contender(__spec__.name, exact, end) as contender:
+                contender.finish()
+        row = duel(__spec__.name, specs, **pace, need_mib=need, end=end)
         found = {name: torch.load(file, weights_only=True) for name, file in files.items()}
     ours, theirs = (errors(found[name], found["exact"]) for name in ("fastvid", "eager"))
     row |= {"error": max(ours.values()), "eager_error": max(theirs.values())}
@@ -192,8 +199,8 @@ def label(spec: dict[str, Any]) -> str:
 
 
 def within(spec: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """The row in about so many seconds; 0: in as few calls as give a spread."""
-    return measure(spec, turns=1, rounds=5, seconds=seconds / 4)
+    """The row in so many seconds at most; 0: in as few calls as give a spread."""
+    return measure(spec, turns=1, rounds=5, seconds=seconds / 4, limit=seconds or math.inf)
 
 
 def specs(device: torch.device, quick: bool) -> list[dict[str, Any]]:
@@ -245,13 +252,18 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--floor", type=float, default=0, help="fail below this time ratio")
     parser.add_argument("--out", type=Path, help="append the rows to this JSONL file")
+    parser.add_argument("--save", action="store_true", help="renew them in benchmarks/results")
     arguments = parser.parse_args(argv)
     if arguments.contender:
         spec = json.loads(arguments.contender)
         serve(lambda: prepare(spec), torch.device(spec["device"]))
         return 0
+    with machine.pinned(arguments.threads):
+        return _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     device = torch.device(arguments.device)
-    torch.set_num_threads(arguments.threads)
     here = machine.environment(device) | machine.measure_ceilings(device, arguments.quick)
     print(f"{here['machine']}, torch {here['torch']}, {arguments.threads} threads")
     good = True
@@ -265,9 +277,11 @@ def main(argv: list[str]) -> int:
         turns, rounds, seconds = arguments.turns, arguments.rounds, arguments.seconds
         if arguments.quick:
             turns, rounds, seconds = 1, 2, 0
-        row = measure(spec, turns=turns, rounds=rounds, seconds=seconds)
+        row = {**here, **measure(spec, turns=turns, rounds=rounds, seconds=seconds)}
         print(line(row), flush=True)
-        harness.append(arguments.out, [{**here, **row}])
+        harness.append(arguments.out, [row])
+        if arguments.save:
+            rows.save(rows.RESULTS / machine.folder(device) / "vdt.jsonl", [row])
         good = good and row["match"] and row["wall_ratio_p50"] >= arguments.floor
     return 0 if good else 1
 

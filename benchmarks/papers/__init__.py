@@ -14,8 +14,6 @@ from pathlib import Path
 from benchmarks import rows
 from benchmarks.papers import tables
 
-RESULTS = Path(__file__).parents[1] / "results"
-
 
 def main(argv: list[str]) -> int:
     """Print the tables."""
@@ -27,7 +25,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--table", choices=tuple(tables.TABLES), action="append", help="default all"
     )
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of JSONL files")
+    parser.add_argument("--results", type=Path, default=rows.RESULTS, help="folder of JSONL files")
     parser.add_argument("--out", type=Path, help="also write the lines as one JSON file")
     arguments = parser.parse_args(argv)
     results = rows.latest(rows.read(arguments.results))

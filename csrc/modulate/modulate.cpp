@@ -75,34 +75,8 @@ struct Sums {
   float *shift, *scale, *gate;
 };
 
-struct Scratch {
-  float* data;  // on a cache line
-  explicit Scratch(int64_t count) : memory(new float[count + 16]) {
-    const auto address = reinterpret_cast<uintptr_t>(memory.get());
-    data = memory.get() + (-address % 64) / sizeof(float);
-  }
-
- private:
-  std::unique_ptr<float[]> memory;
-};
-
-#if HAS_X86_SETS
-namespace v4 {
-#define TARGET TARGET_V4
-#define LANE_BYTES 64
-#include "rows.h"
-}  // namespace v4
-namespace v3 {
-#define TARGET TARGET_V3
-#define LANE_BYTES 32
-#include "rows.h"
-}  // namespace v3
-#endif
-namespace any {
-#define TARGET
-#define LANE_BYTES 16
-#include "rows.h"
-}  // namespace any
+#define ARITHMETIC "../modulate/rows.h"
+#include "../_shared/every_set.h"
 
 using Maybe = std::optional<Tensor>;
 
@@ -218,16 +192,17 @@ void backward_job(const Backward<X, Y>& job, const Maybe& dgate, const Maybe& ds
   const int64_t tasks = size.batch * size.groups * chunks;
   const int64_t grain = std::max<int64_t>(1, 32768 / (size.width * std::min(kChunk, per_group)));
   torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
-    const Scratch scratch(5 * size.padded());
+    Scratch memory(5 * size.padded());
+    float* const scratch = memory.take(0);
     for (int64_t task = begin; task < end; ++task) {
       float* sums[3];
       for (int i = 0; i < 3; ++i)
-        sums[i] = results[i].sum_of(task, scratch.data + (2 + i) * size.padded());
+        sums[i] = results[i].sum_of(task, scratch + (2 + i) * size.padded());
       const int64_t b = task / chunks / size.groups, g = task / chunks % size.groups;
       const int64_t first = g * per_group + task % chunks * kChunk;
       const int64_t last = std::min(first + kChunk, (g + 1) * per_group);
       FOR_THIS_CPU(backward_chunk, b, g, first, last, job, Sums{sums[0], sums[1], sums[2]},
-                   scratch.data);
+                   scratch);
       for (int i = 0; i < 3; ++i) results[i].finish(task, sums[i]);
     }
   });

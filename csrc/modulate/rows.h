@@ -3,34 +3,7 @@
 // A block of rows of one group shares the rows of modulation, and its sums run side by side. A row
 // stays in the nearest caches between the passes over it.
 
-#define INLINE TARGET inline __attribute__((always_inline))
-#define IN_PLACE TARGET __attribute__((always_inline))  // of a lambda: it inherits nothing
-
-using Lanes = float __attribute__((vector_size(LANE_BYTES), aligned(4), may_alias));
-using Bits = uint32_t __attribute__((vector_size(LANE_BYTES), may_alias));
-using Halves = uint16_t __attribute__((vector_size(LANE_BYTES / 2), aligned(2), may_alias));
-constexpr int64_t kLanes = LANE_BYTES / sizeof(float);
-
-INLINE Lanes load_lanes(const float* in) { return *reinterpret_cast<const Lanes*>(in); }
-INLINE Lanes load_lanes(const bf16* in) {
-  return (Lanes)(__builtin_convertvector(*reinterpret_cast<const Halves*>(in), Bits) << 16);
-}
-
-INLINE Halves narrowed(Lanes value) {  // as `narrow`
-  const Bits bits = (Bits)value, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return __builtin_convertvector(value != value ? Bits{} + 0x7fc0 : rounded, Halves);
-}
-
-INLINE void store_lanes(Lanes value, float* out) { *reinterpret_cast<Lanes*>(out) = value; }
-INLINE void store_lanes(Lanes value, bf16* out) {
-  *reinterpret_cast<Halves*>(out) = narrowed(value);
-}
-
-// As it would be read again after it was stored.
-INLINE Lanes rounded_as(Lanes value, const float*) { return value; }
-INLINE Lanes rounded_as(Lanes value, const bf16*) {
-  return (Lanes)(__builtin_convertvector(narrowed(value), Bits) << 16);
-}
+#include "../_shared/lanes.h"
 
 // `body(d, left)` for every block of lanes of a row. The last may have fewer numbers, `left`; what
 // is loaded past them is 0.
@@ -62,14 +35,6 @@ INLINE Lanes zero_past(Lanes value, int64_t left) {
   float few[kLanes];
   store_lanes(value, few);
   return load(few, left);
-}
-
-INLINE float sum_of(Lanes lanes) {
-  float sum[kLanes];
-  store_lanes(lanes, sum);
-  for (int64_t step = kLanes / 2; step > 0; step /= 2)
-    for (int64_t i = 0; i < step; ++i) sum[i] += sum[i + step];
-  return sum[0];
 }
 
 template <typename T>
@@ -145,8 +110,9 @@ template <typename X, typename Y>
 TARGET void forward_rows(int64_t first, int64_t last, const Forward<X, Y>& job) {
   const Sizes& size = job.size;
   const int64_t D = size.width, step = size.padded();
-  const Scratch scratch((3 + kBlock) * step);
-  float *gain = scratch.data, *offset = gain + step, *gate = offset + step, *rows = gate + step;
+  Scratch scratch((3 + kBlock) * step);
+  float *const gain = scratch.take(step), *const offset = scratch.take(step);
+  float *const gate = scratch.take(step), *const rows = scratch.take(kBlock * step);
   const bool residual = job.h.data != nullptr;
   if (residual) std::fill_n(gate, D, 1.0f);
   for (int64_t at = first, next; at < last; at = next) {

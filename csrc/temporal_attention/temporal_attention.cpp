@@ -85,20 +85,6 @@ Rule rule_of(const std::optional<Tensor>& known, const std::optional<Tensor>& co
   return rule;
 }
 
-// Zeroed once, so that what pads a matrix is finite; aligned to cache lines.
-class Scratch {
- public:
-  explicit Scratch(int64_t count) : memory_(new float[count + 16]()) {
-    const auto address = reinterpret_cast<uintptr_t>(memory_.get());
-    next_ = memory_.get() + (-address % 64) / sizeof(float);
-  }
-  float* take(int64_t count) { return (next_ += count) - count; }
-
- private:
-  std::unique_ptr<float[]> memory_;
-  float* next_;
-};
-
 // The rotary tables, a number for each of E: c c ... and -s s ... for every pair.
 struct Turns {
   float *cos = nullptr, *sin = nullptr;
@@ -156,23 +142,8 @@ struct Group {
   }
 };
 
-#if HAS_X86_SETS
-namespace v4 {
-#define TARGET TARGET_V4
-#define LANE_BYTES 64
-#include "sequences.h"
-}  // namespace v4
-namespace v3 {
-#define TARGET TARGET_V3
-#define LANE_BYTES 32
-#include "sequences.h"
-}  // namespace v3
-#endif
-namespace any {
-#define TARGET
-#define LANE_BYTES 16
-#include "sequences.h"
-}  // namespace any
+#define ARITHMETIC "../temporal_attention/sequences.h"
+#include "../_shared/every_set.h"
 
 Sizes sizes_of(const Tensor& q) {
   return {q.size(0), q.size(1), q.size(2), q.size(3), q.size(4)};

@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from fastvid.training.config import TrainConfig, config_from, read_config
+from fastvid.training.config import TrainConfig, TrainVDT, config_from, read_config
 from fastvid.training.recipes import RECIPES
 
 _NO_DEFAULTS = "\nDefaults are those of RECIPE: name one before --help to see them."
@@ -27,18 +27,18 @@ def parse_recipe(
         flags: the verb's own, each with the keywords of `add_argument`.
         about, epilog: text before and after the list of options.
     """
-    recipe = argv[0] if argv and argv[0] in RECIPES else None
-    values = asdict(RECIPES[recipe]()) if recipe else None
-    parser = _parser(verb, flags, about, epilog, values)
+    start = RECIPES[argv[0]]() if argv and argv[0] in RECIPES else None
+    parser = _parser(verb, flags, about, epilog, start)
     options = parser.parse_args(list(argv)).as_dict()
-    if recipe is None:
-        parser.error("RECIPE comes first")
+    if start is None:
+        return parser.error("RECIPE comes first")
     saved = Path(options["run"]["folder"], "config.yaml")
     if options.get("resume") and saved.is_file():
-        parser = _parser(verb, flags, about, epilog, asdict(read_config(saved)))
+        start = read_config(saved)
+        parser = _parser(verb, flags, about, epilog, start)
         options = parser.parse_args(list(argv)).as_dict()
     try:
-        config = config_from({field.name: options[field.name] for field in fields(TrainConfig)})
+        config = config_from({field.name: options[field.name] for field in fields(start)})
     except ValueError as error:
         parser.error(str(error))
     return config, {name: options[name] for name in flags}
@@ -49,7 +49,7 @@ def _parser(
     flags: dict[str, dict[str, Any]],
     about: str,
     epilog: str,
-    values: dict[str, Any] | None,
+    start: TrainConfig | None,
 ) -> Any:
     from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
@@ -58,15 +58,15 @@ def _parser(
 
         def _get_help_string(self, action):
             text = super()._get_help_string(action)
-            return text if values else text.replace(", default: %(default)s", "")
+            return text if start else text.replace(", default: %(default)s", "")
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    lines = [f"  {name:16}{(make.__doc__ or '').splitlines()[0]}" for name, make in RECIPES.items()]
+    lines = [f"  {name:22}{(make.__doc__ or '').splitlines()[0]}" for name, make in RECIPES.items()]
     own = "".join(f" [--{name}]" for name in flags)
     parser = ArgumentParser(
         prog=f"fastvid {verb}",
         usage=f"%(prog)s RECIPE{own} [--config FILE] [--print_config] [--GROUP.NAME VALUE ...]",
-        description="\n".join([about, "", "recipes:", *lines, *([] if values else [_NO_DEFAULTS])]),
+        description="\n".join([about, "", "recipes:", *lines, *([] if start else [_NO_DEFAULTS])]),
         epilog=epilog,
         formatter_class=Help,
     )
@@ -76,7 +76,7 @@ def _parser(
     for name, keywords in flags.items():
         parser.add_argument(f"--{name}", **keywords)
     parser.add_argument("--config", action="config", help="YAML file with some or all values")
-    parser.add_class_arguments(TrainConfig)
-    if values:
-        parser.set_defaults(values)
+    parser.add_class_arguments(type(start) if start else TrainVDT)
+    if start:
+        parser.set_defaults(asdict(start))
     return parser

@@ -25,13 +25,17 @@ def main(argv: Sequence[str]) -> int:
     from fastvid.cli._sampling import latent_bound, pick_device, pick_task, progress_bar
     from fastvid.training.build import build_schedule
     from fastvid.training.evaluate import evaluate, format_table, write_json
+    from fastvid.training.families import family_of
     from fastvid.training.runs import load_run
 
     options = _parser().parse_args(argv)
     device = pick_device(options.device)
     metrics, fvd = _metrics(options, device)  # first: a missing file should not cost a sampling
     model, config, codec = load_run(options.run)
-    model, codec = model.to(device).fold(), codec.to(device)
+    family, frames = family_of(config), options.frames or config.data.frames
+    model, codec = model.to(device), codec.to(device)
+    model = family.sampling(model, options.task, frames, one_pass=False)
+    sampler_of, spacing = family.sampler_of(model, codec, config)
     clips = _clips(options, config, codec)
     task, given = pick_task(config, options.task, options.given)
 
@@ -51,6 +55,8 @@ def main(argv: Sequence[str]) -> int:
             metrics=metrics,
             fvd=fvd,
             clip=latent_bound(config),
+            sampler_of=sampler_of,
+            spacing=spacing,
             batch=options.batch,
             device=device,
             progress=progress,

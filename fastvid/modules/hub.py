@@ -27,6 +27,7 @@ class HubModel(nn.Module, ModelHubMixin):
 
     config_class: ClassVar[type]
     config: Any
+    checkpoint_blocks: int  # the first so many are recomputed in the backward pass
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
         """Write the folder. Files appear whole: an interrupted save leaves the old ones."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fastvid.training.codec import Codec
+from fastvid.training.codec import Codec, shrink
 from fastvid.training.config import DataConfig, TrainConfig
 from fastvid.training.distributed import World
 from fastvid.training.draws import generator
@@ -22,10 +22,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Batch:
-    """This rank's clips of one step: latents (B, C, T, H, W) on the device, the number of each in
-    the run's order, where each came from, and the sampler's state once they are trained on."""
+    """This rank's clips of one step: latents (B, C, T, H, W) on the device, those of the clips made
+    smaller where the family plans, the number of each in the run's order, where each came from, and
+    the sampler's state once they are trained on."""
 
     latents: Tensor
+    low: Tensor | None
     numbers: list[int]
     paths: list[str]
     sampler: dict[str, int]
@@ -51,9 +53,16 @@ def open_sets(
 
 
 def batches(
-    dataset: Dataset, config: TrainConfig, codec: Codec, world: World, sampler_state: dict[str, int]
+    dataset: Dataset,
+    config: TrainConfig,
+    codec: Codec,
+    world: World,
+    sampler_state: dict[str, int],
+    low_size: tuple[int, int] | None = None,
 ) -> Iterator[Batch]:
     """Batches without end, from where `sampler_state` says ({} is the start).
+
+    `low_size` is the height and width in pixels of the clips that `Batch.low` is made of.
 
     The clips of a step, taken over all ranks, are the same for every world size.
     """
@@ -78,8 +87,9 @@ def batches(
         first = sampler.epoch * size + sampler.seen + world.rank
         numbers = [first + i * world.size for i in range(share)]
         sampler.advance(config.optim.batch)
-        latents = to_latents(items, numbers, codec, world, config.run.seed, "train")
-        yield Batch(latents, numbers, items["path"], sampler.state_dict())
+        given = (items, numbers, codec, world, config.run.seed, "train")
+        latents, low = to_latents(*given), to_low(*given, low_size)
+        yield Batch(latents, low, numbers, items["path"], sampler.state_dict())
 
 
 def to_latents(
@@ -91,6 +101,22 @@ def to_latents(
     video = items["video"].to(world.device, non_blocking=True)
     generators = [generator(seed, kind, "codec", number) for number in numbers]
     return codec.encode(video, generators=generators)
+
+
+def to_low(
+    items: dict[str, Any],
+    numbers: Sequence[int],
+    codec: Codec,
+    world: World,
+    seed: int,
+    kind: str,
+    size: tuple[int, int] | None,
+) -> Tensor | None:
+    """As `to_latents`, of clips made as small as `size` says, in pixels; None for no such size."""
+    if size is None:
+        return None
+    video = shrink(items["video"].to(world.device, non_blocking=True), size)
+    return codec.encode(video, generators=[generator(seed, kind, "low", n) for n in numbers])
 
 
 def _clips(data: DataConfig, seed: int, fixed: bool) -> tuple[Dataset, Dataset | None]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from fastvid.diffusion import schedule as schedules
-from fastvid.models.vdt import VDT
-from fastvid.training.config import DiffusionConfig, TrainConfig
+from fastvid.training.config import DiffusionConfig
 
 
 def build_schedule(config: DiffusionConfig) -> schedules.Schedule:
@@ -23,39 +21,6 @@ def build_schedule(config: DiffusionConfig) -> schedules.Schedule:
         schedule = schedules.respace(schedule, config.respacing)
     # Last: "ddim50" and its like leave the last step out, and with it the zero.
     return schedules.rescale_zero_terminal_snr(schedule) if config.zero_snr else schedule
-
-
-def build_model(config: TrainConfig) -> VDT:
-    """A model with fresh weights, or with those of `run.init`.
-
-    `run.init` is a run folder, a folder of `save_pretrained`, or an official checkpoint file. An
-    image model, of a folder or a file, starts the spatial half of a video model (the paper's
-    two-stage training).
-
-    Raises:
-        ValueError: there are no such weights, or they belong to another architecture.
-    """
-    if not config.run.init:
-        return VDT(config.model)
-    path, target = Path(config.run.init), config.model
-    if path.is_file():
-        model = VDT.from_official(
-            path, heads=target.heads, height=target.height, width=target.width
-        )
-        if model.config.mode == target.mode:
-            own = model.to_official_state_dict()
-            model = VDT.from_official(own, config=model.config, frames=target.frames)
-    else:
-        model = VDT.from_pretrained(model_folder(path))
-    if model.config.mode == "image" and target.mode == "video":
-        model = VDT.from_image(model, frames=target.frames)
-    # Training alone reads these two; weights fit whatever they are.
-    dropout = model.config.class_dropout and (config.model.class_dropout or 0.1)
-    found = replace(model.config, drop_labels=config.model.drop_labels, class_dropout=dropout)
-    if found != config.model:
-        raise ValueError(f"weights in {path} are of {model.config}, the run wants {config.model}")
-    model.config = config.model
-    return model
 
 
 def model_folder(path: Path) -> Path:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from fastvid.data.atomic import whole
-from fastvid.diffusion.tasks import TASKS
+from fastvid.diffusion.tasks import PARTIAL, TASKS
+from fastvid.models.mardini_config import MarDiniConfig
 from fastvid.models.vdt import VDTConfig
 
 T = TypeVar("T")
@@ -110,6 +111,11 @@ class DiffusionConfig:
     average "unknown", is the same as training on given frames put before the noisy ones."""
     given: dict[str, int] = field(default_factory=dict)
     """Number of given frames by task name, where it is not the task's own."""
+    ref_ratio: tuple[float, float] = (0.0, 0.0)
+    """Share of frames that "arbitrary-interpolation" gives, drawn evenly from this interval for
+    each clip; at least one is given and one is not. (0, 0) gives each frame one time in five."""
+    drop: float = 0.0
+    """Share of training clips whose condition is left out, for guidance; VDT has none."""
 
     def __post_init__(self):
         _expect_types(self, "diffusion")
@@ -118,6 +124,12 @@ class DiffusionConfig:
             raise ValueError("diffusion.zero_snr needs prediction 'v' or 'x0', got 'eps'")
         if unknown := sorted((set(self.tasks) | set(self.given)) - set(TASKS)):
             raise ValueError(f"diffusion.tasks and given know {sorted(TASKS)}, got {unknown}")
+        if not 0 <= self.ref_ratio[0] <= self.ref_ratio[1] <= 1:
+            raise ValueError(
+                f"diffusion.ref_ratio must rise and lie in [0, 1], got {self.ref_ratio}"
+            )
+        if not 0 <= self.drop < 1:
+            raise ValueError(f"diffusion.drop must be in [0, 1), got {self.drop}")
         if min(self.tasks.values(), default=0) < 0 or not sum(self.tasks.values()) > 0:
             raise ValueError(f"diffusion.tasks must weigh at least one task, got {self.tasks}")
 
@@ -210,9 +222,10 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A whole run. `fastvid train` starts from a recipe's and overrides single values."""
+    """What a run of any family has. `fastvid train` starts from a recipe's and overrides values."""
 
-    model: VDTConfig = field(default_factory=VDTConfig)
+    family: str
+    model: Any
     data: DataConfig = field(default_factory=DataConfig)
     codec: CodecConfig = field(default_factory=CodecConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
@@ -226,19 +239,96 @@ class TrainConfig:
                 f"got {self.data.frames}"
             )
         if self.codec.kind == "pixel":
-            check_latents(self, 3 * self.codec.factor**2, self.codec.factor)
+            self.check_latents(3 * self.codec.factor**2, self.codec.factor)
+
+    def check_latents(self, channels: int, factor: int) -> None:
+        """Refuse a model that does not fit latents of `channels`, at `factor` pixels per cell."""
+        raise NotImplementedError
 
 
-def check_latents(config: TrainConfig, channels: int, factor: int) -> None:
-    """Refuse a model that does not fit latents of `channels`, at `factor` pixels per cell."""
-    made = (channels, *(side / factor for side in config.data.size))
-    model = config.model
-    if made != (model.channels, model.height, model.width):
-        raise ValueError(
-            f"model.channels, height and width must be what the codec makes of data.size = "
-            f"{config.data.size}: {', '.join(f'{n:g}' for n in made)}, "
-            f"got {model.channels}, {model.height}, {model.width}"
-        )
+@dataclass(frozen=True, kw_only=True)
+class TrainVDT(TrainConfig):
+    """A whole run of VDT."""
+
+    family: Literal["vdt"] = "vdt"
+    """The kind of model."""
+    model: VDTConfig = field(default_factory=VDTConfig)
+
+    def check_latents(self, channels: int, factor: int) -> None:
+        made = (channels, *(side / factor for side in self.data.size))
+        model = self.model
+        if made != (model.channels, model.height, model.width):
+            raise ValueError(
+                f"model.channels, height and width must be what the codec makes of data.size = "
+                f"{self.data.size}: {', '.join(f'{n:g}' for n in made)}, "
+                f"got {model.channels}, {model.height}, {model.width}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """What a stage of MarDini's training teaches."""
+
+    trains: Literal["both", "planner", "generator"] = "both"
+    """planner: alone, by rebuilding the unknown frames at its own resolution. generator: alone, the
+    learned token in place of a plan. both: end to end, by the generator's loss."""
+    planner: str = ""
+    """First weights of the planner, where not those of run.init: a run or model folder."""
+
+    def __post_init__(self):
+        _expect_types(self, "stage")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainMarDini(TrainConfig):
+    """A whole run of MarDini: one stage of its training."""
+
+    family: Literal["mardini"] = "mardini"
+    """The kind of model."""
+    model: MarDiniConfig = field(default_factory=MarDiniConfig)
+    stage: StageConfig = field(default_factory=StageConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.data.kind == "latents":
+            raise ValueError(
+                "data.kind must be clips or frames for mardini, got 'latents': the planner needs "
+                "the same clips made smaller, which `fastvid encode` does not keep"
+            )
+        if self.data.frames < 2:
+            raise ValueError(f"data.frames must be at least 2, got {self.data.frames}")
+        if self.diffusion.prediction != "v":
+            raise ValueError(
+                f"diffusion.prediction must be 'v' for mardini, got {self.diffusion.prediction!r}"
+            )
+        drawn = {name for name, weight in self.diffusion.tasks.items() if weight > 0}
+        if refused := sorted(drawn & PARTIAL):
+            raise ValueError(
+                f"diffusion.tasks must give whole frames, at least one, for mardini, got {refused}"
+            )
+        if not self.diffusion.ref_ratio[1] and "arbitrary-interpolation" in drawn:
+            raise ValueError(
+                "diffusion.ref_ratio must be given for mardini: without it "
+                "'arbitrary-interpolation' may give no frame at all"
+            )
+
+    def check_latents(self, channels: int, factor: int) -> None:
+        model, sides = self.model, tuple(side / factor for side in self.data.size)
+        if channels != model.channels:
+            raise ValueError(f"model.channels must be the codec's {channels}, got {model.channels}")
+        patch = model.generator.patch
+        if any(side % patch for side in sides):
+            raise ValueError(
+                f"data.size must be whole tokens of {factor * patch} pixels, got {self.data.size}"
+            )
+        if model.planner.side > max(sides):
+            raise ValueError(
+                f"model.planner.side must be at most the {max(sides):g} cells of data.size, "
+                f"got {model.planner.side}"
+            )
+
+
+FAMILIES: dict[str, type[TrainConfig]] = {"vdt": TrainVDT, "mardini": TrainMarDini}
 
 
 def write_config(config: TrainConfig, path: Path) -> None:
@@ -270,12 +360,15 @@ def read_config(path: Path) -> TrainConfig:
 
 
 def config_from(values: Mapping[str, Any]) -> TrainConfig:
-    """The config in nested mappings; what they leave out keeps its default.
+    """The config in nested mappings; what they leave out keeps its default, `family` is "vdt".
 
     Raises:
         ValueError: a key is unknown, named with its path, or a value is refused.
     """
-    return _from_mapping(TrainConfig, values, "")
+    family = values.get("family", "vdt") if isinstance(values, Mapping) else "vdt"
+    if family not in FAMILIES:
+        raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
+    return _from_mapping(FAMILIES[family], values, "")
 
 
 def config_hash(config: TrainConfig) -> str:

@@ -14,21 +14,24 @@ import torch
 from torch import Tensor
 
 from fastvid.diffusion.tasks import draw_task, task_known
+from fastvid.training.config import DiffusionConfig
 
 
 @dataclass(frozen=True)
 class Draws:
     """For B samples: `index` (B,) into the schedule, `noise` (B, C, T, H, W), `known`
-    (B, T, H, W), and the name of each sample's task."""
+    (B, T, H, W), `dropped` (B,) where the condition is left out, and the name of each sample's
+    task."""
 
     index: Tensor
     noise: Tensor
     known: Tensor
+    dropped: Tensor
     tasks: tuple[str, ...]
 
     def to(self, device: torch.device) -> Draws:
         index, noise, known = self.index.to(device), self.noise.to(device), self.known.to(device)
-        return Draws(index, noise, known, self.tasks)
+        return Draws(index, noise, known, self.dropped.to(device), self.tasks)
 
 
 def generator(seed: int, *name: str | int) -> torch.Generator:
@@ -41,24 +44,24 @@ def draw(
     generators: Sequence[torch.Generator],
     shape: tuple[int, int, int, int],
     steps: int,
-    *,
-    tasks: dict[str, float],
-    given: dict[str, int],
+    diffusion: DiffusionConfig,
 ) -> Draws:
     """Training's draws, one sample per generator.
 
     Args:
         shape: (C, T, H, W) of the latents.
         steps: length of the schedule.
-        tasks: weight of each task; each sample draws its own.
-        given: number of given frames by task, where it is not the task's own.
+        diffusion: its `tasks`, `given`, `ref_ratio` and `drop`.
     """
     _, T, H, W = shape
     samples = []
     for g in generators:
         index = torch.randint(steps, (1,), generator=g)
-        name, known = draw_task(tasks, T, H, W, given=given, generator=g)
-        samples.append((index, torch.randn(shape, generator=g), _cells(known, H, W), name))
+        given = diffusion.given | _any_frames(diffusion.ref_ratio, T, g)
+        name, known = draw_task(diffusion.tasks, T, H, W, given=given, generator=g)
+        noise = torch.randn(shape, generator=g)
+        dropped = torch.rand(1, generator=g) < diffusion.drop
+        samples.append((index, noise, _cells(known, H, W), dropped, name))
     return _stack(samples)
 
 
@@ -67,10 +70,9 @@ def draw_validation(
     count: int,
     shape: tuple[int, int, int, int],
     steps: int,
+    diffusion: DiffusionConfig,
     *,
     seed: int,
-    tasks: dict[str, float],
-    given: dict[str, int],
 ) -> Draws:
     """Validation's draws for clips `numbers` of `count`: the same in every validation of a run.
 
@@ -78,15 +80,26 @@ def draw_validation(
     validations differ by the model alone.
     """
     _, T, H, W = shape
-    names = [name for name, weight in tasks.items() if weight > 0]
+    names = [name for name, weight in diffusion.tasks.items() if weight > 0]
     samples = []
     for number in numbers:
         g = generator(seed, "validation", number)
         index = torch.tensor([(2 * number + 1) * steps // (2 * count)])
         name = names[number % len(names)]
+        given = diffusion.given | _any_frames(diffusion.ref_ratio, T, g)
         known = task_known(name, T, H, W, given=given.get(name), generator=g)
-        samples.append((index, torch.randn(shape, generator=g), _cells(known, H, W), name))
+        noise = torch.randn(shape, generator=g)
+        samples.append((index, noise, _cells(known, H, W), torch.tensor([False]), name))
     return _stack(samples)
+
+
+def _any_frames(ratio: tuple[float, float], frames: int, g: torch.Generator) -> dict[str, int]:
+    """How many frames, any of them, are given where their share is drawn; empty where it is not."""
+    low, high = ratio
+    if not high:
+        return {}
+    share = low + (high - low) * torch.rand((), generator=g, dtype=torch.float64).item()
+    return {"arbitrary-interpolation": min(max(round(share * frames), 1), frames - 1)}
 
 
 def _cells(known: Tensor, H: int, W: int) -> Tensor:
@@ -95,6 +108,8 @@ def _cells(known: Tensor, H: int, W: int) -> Tensor:
     return known[:, None, None].expand(-1, H, W) if known.ndim == 1 else known
 
 
-def _stack(samples: list[tuple[Tensor, Tensor, Tensor, str]]) -> Draws:
-    index, noise, known, tasks = zip(*samples, strict=True)
-    return Draws(torch.cat(index), torch.stack(noise), torch.stack(known), tuple(tasks))
+def _stack(samples: list[tuple[Tensor, Tensor, Tensor, Tensor, str]]) -> Draws:
+    index, noise, known, dropped, tasks = zip(*samples, strict=True)
+    return Draws(
+        torch.cat(index), torch.stack(noise), torch.stack(known), torch.cat(dropped), tuple(tasks)
+    )

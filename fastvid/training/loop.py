@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastvid.diffusion.losses import diffusion_loss
 from fastvid.training.batches import Batch, batches
 from fastvid.training.checkpoint import prune
 from fastvid.training.config import TrainConfig
@@ -51,7 +50,8 @@ def train(config: TrainConfig, *, resume: bool = False, stop_at: int = 0) -> Pat
 
 def _loop(run: Run, state: TrainState, stop: StopRequest, stop_at: int) -> None:
     optim, settings = run.config.optim, run.config.run
-    feed = batches(run.train, run.config, run.codec, state.world, state.sampler)
+    low_size = run.family.low_size(state.model, run.config.data.size, run.codec.factor)
+    feed = batches(run.train, run.config, run.codec, state.world, state.sampler, low_size)
     while state.step < settings.steps:
         batch = next(feed)
         loss = _backward(run, state, batch)
@@ -83,33 +83,24 @@ def _loop(run: Run, state: TrainState, stop: StopRequest, stop_at: int) -> None:
 
 def _backward(run: Run, state: TrainState, batch: Batch) -> Tensor:
     """Gradients of this rank's share of a batch, part by part; returns its mean loss."""
-    diffusion, world = run.config.diffusion, state.world
-    parts = batch.latents.chunk(run.config.optim.accumulate)
+    world = state.world
+    count = run.config.optim.accumulate
+    parts = batch.latents.chunk(count)
+    lows = [None] * len(parts) if batch.low is None else batch.low.chunk(count)
     numbers = iter(batch.numbers)
     mean = torch.zeros((), device=world.device)
-    for part, clean in enumerate(parts, start=1):
+    for part, (clean, low) in enumerate(zip(parts, lows, strict=True), start=1):
         draws = draw(
             [generator(run.config.run.seed, "train", next(numbers)) for _ in clean],
             tuple(clean.shape[1:]),  # type: ignore[arg-type]
             len(run.schedule),
-            tasks=diffusion.tasks,
-            given=diffusion.given,
+            run.config.diffusion,
         ).to(world.device)
         if world.mesh is not None:  # ranks exchange gradients once a step
             state.model.set_requires_gradient_sync(part == len(parts))  # type: ignore[operator]
         with world.autocast(run.config.run.precision):
-            losses = diffusion_loss(
-                state.model,
-                clean,
-                draws.index,
-                draws.noise,
-                run.schedule,
-                known=draws.known,
-                prediction=diffusion.prediction,
-                average=diffusion.average,
-                variational=diffusion.variational,
-            )
-        loss = losses["loss"].mean() / len(parts)
+            losses = run.family.losses(state.model, clean, low, draws, run.schedule, run.config)
+        loss = losses.mean() / len(parts)
         loss.backward()
         mean += loss.detach()
     return mean

@@ -7,11 +7,11 @@ from pathlib import Path
 from torch import nn
 from torch.utils.data import Dataset
 
-from fastvid.diffusion.sampling import sample_ddim
 from fastvid.diffusion.schedule import Schedule, respace
 from fastvid.training.codec import Codec
 from fastvid.training.config import TrainConfig
 from fastvid.training.distributed import World
+from fastvid.training.families import family_of
 from fastvid.training.log import writing
 from fastvid.training.sheets import Row, save_contact_sheet
 from fastvid.training.validate import fixed_clips
@@ -32,23 +32,17 @@ def save_preview(
     frames, one task after another. Every rank computes it (FSDP waits for all), rank 0 writes."""
     count = min(max(_CLIPS, sum(w > 0 for w in config.diffusion.tasks.values())), len(dataset))  # type: ignore[arg-type]
     short = respace(schedule, min(_STEPS, len(schedule)), spacing="trailing")
-    clean, draws = fixed_clips(
-        dataset, list(range(count)), count, codec, len(schedule), config, world
+    fixed = fixed_clips(
+        model, dataset, list(range(count)), count, codec, len(schedule), config, world
     )
+    draws = fixed.draws
     with world.autocast(config.run.precision):
-        made = sample_ddim(
-            model,
-            draws.noise,
-            short,
-            known=draws.known,
-            clean=clean,
-            prediction=config.diffusion.prediction,
-        )
+        made, truth = family_of(config).sample(model, *fixed, short, config)
     if not world.first:
         return
     rows = []
     for task, known, filmed, drawn in zip(
-        draws.tasks, draws.known.cpu(), codec.decode(clean), codec.decode(made), strict=True
+        draws.tasks, draws.known.cpu(), codec.decode(truth), codec.decode(made), strict=True
     ):
         rows += [Row("clip", filmed.cpu()), Row(task, drawn.cpu(), known)]
     title = f"{path.stem}, {len(short)} DDIM steps"

@@ -17,7 +17,9 @@ from fastvid.training.config import (
     OptimConfig,
     RunConfig,
     TrainConfig,
+    TrainVDT,
 )
+from fastvid.training.recipes_mardini import MARDINI, MARDINI_DEMO
 
 
 def vdt_demo() -> TrainConfig:
@@ -30,7 +32,7 @@ def vdt_demo() -> TrainConfig:
     Expect: shapes that keep their path; interpolation above linear blending, prediction above
         copying the last frame, by the one-step mean.
     """
-    return TrainConfig(
+    return TrainVDT(
         model=VDTConfig(
             channels=48,
             height=8,
@@ -90,7 +92,7 @@ def vdt_cityscapes() -> TrainConfig:
     Expect: the original reported FVD around 1600 with per-batch statistics and a length mismatch;
         no better figure has been measured with this recipe.
     """
-    return TrainConfig(
+    return TrainVDT(
         model=VDT_L,
         data=DataConfig(
             kind="cityscapes",
@@ -123,7 +125,7 @@ def vdt_sky() -> TrainConfig:
         set `run.checkpoint_blocks: 28` where memory is short, for a third more compute.
     Expect: the length of the published training is not stated; 200 k steps are a guess.
     """
-    return TrainConfig(
+    return TrainVDT(
         model=replace(VDT_L, height=32, width=32),
         data=DataConfig(train="data/sky/train", frames=16, size=(256, 256), workers=8),
         codec=CodecConfig(kind="diffusers", path="data/sd-vae-ft-ema"),
@@ -137,4 +139,9 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "vdt-demo": vdt_demo,
     "vdt-cityscapes": vdt_cityscapes,
     "vdt-sky": vdt_sky,
+    **MARDINI,
+    **MARDINI_DEMO,
 }
+
+# Runs that follow each other, each from the weights of the one before: `fastvid train NAME`.
+CHAINS = {"mardini": tuple(MARDINI), "mardini-demo": tuple(MARDINI_DEMO)}

@@ -18,23 +18,23 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fastvid.models.vdt import VDT
 from fastvid.training.build import model_folder
 from fastvid.training.checkpoint import CheckpointError, checkpoints
 from fastvid.training.codec import Codec, build_codec
 from fastvid.training.config import TrainConfig, read_config, write_config
+from fastvid.training.families import family_of
 from fastvid.training.interrupt import is_locked
 from fastvid.training.log import read_log
 
 
 def export(folder: Path, config: TrainConfig, weights: dict[str, Tensor]) -> None:
-    """Write a model folder that `VDT.from_pretrained` and `load_run` read. Files appear whole.
+    """Write a model folder that `from_pretrained` and `load_run` read. Files appear whole.
 
     Raises:
         CheckpointError: it could not be written; the weights that were there still are.
     """
     with torch.device("meta"):
-        model = VDT(config.model)
+        model = family_of(config).MODEL(config.model)
     model.load_state_dict(weights, assign=True)
     try:
         model.save_pretrained(folder)
@@ -46,7 +46,7 @@ def export(folder: Path, config: TrainConfig, weights: dict[str, Tensor]) -> Non
         ) from error
 
 
-def load_run(folder: str | Path) -> tuple[VDT, TrainConfig, Codec]:
+def load_run(folder: str | Path) -> tuple[Any, TrainConfig, Codec]:
     """The model of a run, in eval mode, with the run's config and codec.
 
     Args:
@@ -58,7 +58,8 @@ def load_run(folder: str | Path) -> tuple[VDT, TrainConfig, Codec]:
     if not (weights / "config.yaml").is_file():
         raise ValueError(f"{weights} has no config.yaml: it was not made by `fastvid train`")
     config = read_config(weights / "config.yaml")
-    return VDT.from_pretrained(weights), config, build_codec(config.codec)
+    model = family_of(config).MODEL.from_pretrained(weights)
+    return model, config, build_codec(config.codec)
 
 
 @dataclass(frozen=True)

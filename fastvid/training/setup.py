@@ -14,10 +14,11 @@ from torch.utils.data import Dataset
 from fastvid.diffusion.schedule import Schedule
 from fastvid.training import checkpoint
 from fastvid.training.batches import open_sets
-from fastvid.training.build import build_model, build_schedule
+from fastvid.training.build import build_schedule
 from fastvid.training.codec import Codec, build_codec
-from fastvid.training.config import TrainConfig, check_latents, read_config, write_config
+from fastvid.training.config import TrainConfig, read_config, write_config
 from fastvid.training.distributed import World, on_first, total
+from fastvid.training.families import Family, family_of
 from fastvid.training.interrupt import locked
 from fastvid.training.log import Log, writing
 from fastvid.training.state import TrainState, load, new_state, seed_everything
@@ -28,6 +29,7 @@ class Run:
     """What stays the same while a run goes on."""
 
     config: TrainConfig
+    family: Family
     folder: Path
     codec: Codec
     schedule: Schedule
@@ -42,13 +44,14 @@ def prepared(config: TrainConfig, world: World, resume: bool) -> Iterator[tuple[
     _check_world(config, world)
     folder = Path(config.run.folder)
     on_first(world, lambda: _check_folder(folder, config, resume))  # refuses before long work
+    family = family_of(config)
     schedule = build_schedule(config.diffusion)
     codec = build_codec(config.codec).to(world.device)
-    check_latents(config, codec.channels, codec.factor)
+    config.check_latents(codec.channels, codec.factor)
     train, held_out = open_sets(config.data, codec, config.run.seed)
 
     torch.manual_seed(config.run.seed)  # first weights are the same on every rank
-    state = new_state(config, build_model(config), world)
+    state = new_state(config, family.build_model(config), world)
     seed_everything(config.run.seed, world)
     with ExitStack() as stack:
 
@@ -82,7 +85,7 @@ def prepared(config: TrainConfig, world: World, resume: bool) -> Iterator[tuple[
             log.say(f"continuing {folder} at step {step}")
         _say_skipped(log, train, held_out)
         stack.callback(_say_skipped, log, train, held_out)  # damage is also met on the way
-        yield Run(config, folder, codec, schedule, train, held_out, log), state
+        yield Run(config, family, folder, codec, schedule, train, held_out, log), state
 
 
 def _say_skipped(log: Log, train: Dataset, held_out: Dataset | None) -> None:
@@ -123,11 +126,13 @@ def _lasting(config: TrainConfig) -> dict[str, Any]:
     """What no resume may change: the model, and which clips and draws every step takes."""
     values = {
         f"{part}.{name}": value
-        for part in ("model", "data", "codec", "diffusion")
+        for part in ("model", "data", "codec", "diffusion", "stage")
+        if hasattr(config, part)
         for name, value in vars(getattr(config, part)).items()
         if (part, name) not in {("data", "workers"), ("data", "cache")}  # speed alone
     }
     return values | {
+        "family": config.family,
         "run.seed": config.run.seed,
         "optim.batch": config.optim.batch,
         "optim.ema": "on" if config.optim.ema else "off",

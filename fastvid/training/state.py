@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastvid.models.vdt import VDT
+from fastvid.modules.hub import HubModel
 from fastvid.training.checkpoint import load_state, save_state
 from fastvid.training.config import OptimConfig, TrainConfig, config_hash
 from fastvid.training.distributed import World, shard, whole
@@ -53,7 +53,7 @@ class TrainState:
         return {name: value / steps for name, value in window.items()}
 
 
-def new_state(config: TrainConfig, model: VDT, world: World) -> TrainState:
+def new_state(config: TrainConfig, model: HubModel, world: World) -> TrainState:
     """Move `model` to its device, split it over the world and give it an optimiser."""
     model.checkpoint_blocks = config.run.checkpoint_blocks
     shard(model.to(world.device).train(), world)

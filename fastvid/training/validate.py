@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
-from fastvid.diffusion.losses import diffusion_loss
-from fastvid.diffusion.sampling import one_step_x0
 from fastvid.diffusion.schedule import Schedule
 from fastvid.metrics import psnr
-from fastvid.training.batches import to_latents
+from fastvid.training.batches import to_latents, to_low
 from fastvid.training.codec import Codec
 from fastvid.training.config import TrainConfig
 from fastvid.training.distributed import World, total
 from fastvid.training.draws import Draws, draw_validation
 from fastvid.training.evaluate import to_unit
+from fastvid.training.families import family_of
 
 
 @torch.no_grad()
@@ -31,7 +31,7 @@ def validate(
 ) -> dict[str, float]:
     """`loss`, and `psnr/<task>` of the one-step mean against the decoded clip, generated frames
     only, in dB. The clips are shared out over the ranks; every rank gets the same answer."""
-    diffusion = config.diffusion
+    family = family_of(config)
     count = min(config.run.validation_clips, len(dataset))  # type: ignore[arg-type]
     share = max(1, config.optim.batch // world.size // config.optim.accumulate)
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
@@ -39,28 +39,12 @@ def validate(
         # Every rank runs the model equally often (FSDP waits for all): the last clip fills up.
         mine = range(first + world.rank, first + share * world.size, world.size)
         numbers = [min(number, count - 1) for number in mine]
-        clean, draws = fixed_clips(dataset, numbers, count, codec, len(schedule), config, world)
+        fixed = fixed_clips(model, dataset, numbers, count, codec, len(schedule), config, world)
         with world.autocast(config.run.precision):
-            losses = diffusion_loss(
-                model,
-                clean,
-                draws.index,
-                draws.noise,
-                schedule,
-                known=draws.known,
-                prediction=diffusion.prediction,
-                average=diffusion.average,
-                variational=diffusion.variational,
-            )["loss"]
-            mean = one_step_x0(
-                model,
-                draws.noise,
-                schedule,
-                known=draws.known,
-                clean=clean,
-                prediction=diffusion.prediction,
-            )
-        scores = psnr(to_unit(codec.decode(mean)), to_unit(codec.decode(clean)))  # (B, T)
+            losses = family.losses(model, *fixed, schedule, config)
+            mean, truth = family.posterior_mean(model, *fixed, schedule, config)
+        scores = psnr(to_unit(codec.decode(mean)), to_unit(codec.decode(truth)))  # (B, T)
+        draws = fixed.draws
         generated = ~draws.known.flatten(2).all(2)
         for i, number in enumerate(mine):
             if number < count:
@@ -70,12 +54,21 @@ def validate(
                 ):
                     sums[name][0] += value.item()
                     sums[name][1] += 1
-    names = ["loss", *(f"psnr/{n}" for n, weight in diffusion.tasks.items() if weight > 0)]
+    names = ["loss", *(f"psnr/{n}" for n, weight in config.diffusion.tasks.items() if weight > 0)]
     shared = total([n for name in names for n in sums[name]], world).reshape(-1, 2)
     return {name: (s / n).item() for name, (s, n) in zip(names, shared, strict=True) if n}
 
 
+class FixedClips(NamedTuple):
+    """Held-out clips as latents, at the planning resolution too where there is one, with draws."""
+
+    clean: Tensor
+    low: Tensor | None
+    draws: Draws
+
+
 def fixed_clips(
+    model: nn.Module,
     dataset: Dataset,
     numbers: list[int],
     count: int,
@@ -83,18 +76,19 @@ def fixed_clips(
     steps: int,
     config: TrainConfig,
     world: World,
-) -> tuple[Tensor, Draws]:
-    """Held-out clips `numbers` of `count`, spread over the set, as latents, with their draws."""
+) -> FixedClips:
+    """Held-out clips `numbers` of `count`, spread over the set."""
     size = len(dataset)  # type: ignore[arg-type]
     items = default_collate([dataset[number * size // count] for number in numbers])
-    clean = to_latents(items, numbers, codec, world, config.run.seed, "validation")
+    given = (items, numbers, codec, world, config.run.seed, "validation")
+    low_size = family_of(config).low_size(model, config.data.size, codec.factor)
+    clean, low = to_latents(*given), to_low(*given, low_size)
     draws = draw_validation(
         numbers,
         count,
         tuple(clean.shape[1:]),  # type: ignore[arg-type]
         steps,
+        config.diffusion,
         seed=config.run.seed,
-        tasks=config.diffusion.tasks,
-        given=config.diffusion.given,
     )
-    return clean, draws.to(world.device)
+    return FixedClips(clean, low, draws.to(world.device))

@@ -212,8 +212,9 @@ def _save_both(ctx, inputs, output):
 
 
 def _both_gradient(ctx, dsum, dy, _dmean, _drstd):
-    dx, dh, dgate, dshift, dscale = _both_backward(dsum, dy, *ctx.saved_tensors, ctx.rms)
-    if ctx.saved_tensors[2] is None:
+    saved = ctx.saved_tensors  # once: a checkpointed block hands them out a single time
+    dx, dh, dgate, dshift, dscale = _both_backward(dsum, dy, *saved, ctx.rms)
+    if saved[2] is None:
         dh, dgate = dx.to(ctx.h_dtype), None
     return dx, dh, dgate, dshift, dscale, None, None, None
 

@@ -1,4 +1,5 @@
-"""The CPU path through PyTorch: tokens by pieces that stay in the cache."""
+"""PyTorch on the CPU, tokens by pieces that stay in the cache: for float16, float64 and a machine
+without a compiler."""
 
 import torch
 from torch import Tensor
@@ -94,7 +95,7 @@ class _Turn:
     def __init__(self, x: Tensor, cos, sin, index, dims, interleaved):
         self.dims, self.interleaved, self.angles = dims, interleaved, None
         if cos is not None:
-            _expect_rows(index, len(cos))
+            expect_rows(index, len(cos))
             joint = torch.complex(_wide(cos, x), _wide(sin, x))
             tables = joint.split([dim // 2 for dim in dims], dim=1)
             angles = torch.cat([t[index[..., i]] for i, t in enumerate(tables)], dim=-1)
@@ -120,7 +121,7 @@ class _Turn:
         return rows
 
 
-def _expect_rows(index: Tensor, length: int) -> None:
+def expect_rows(index: Tensor, length: int) -> None:
     """Raise ValueError for a row below 0, which indexing would count from the end, or too high."""
     if index.numel():
         lowest, highest = (end.item() for end in index.aminmax())

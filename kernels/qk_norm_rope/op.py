@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
+from .._shared import native
 from .._shared.checks import expect_device, expect_float, expect_shape
 from .._shared.derivatives import refuse_second
 from .._shared.paths import announce
-from . import cpu
+from . import compiled, cpu
 from .rotary import Rotary, expect_rotary
 
 MOST_WIDTH = 8192  # heads * E: a token of q is one tile
@@ -45,15 +46,21 @@ def _(dq_out, dk_out, q, k, *rule):
 
 
 @torch.library.impl("fastvid::qk_norm_rope", "CPU")
-def _(*arguments):
-    announce("qk_norm_rope", "PyTorch")
-    return cpu.forward(*arguments)
+def _(q, k, *rule):
+    return _cpu_path("qk_norm_rope", q.dtype).forward(q, k, *rule)
 
 
 @torch.library.impl("fastvid::qk_norm_rope_backward", "CPU")
-def _(*arguments):
-    announce("qk_norm_rope_backward", "PyTorch")
-    return cpu.backward(*arguments)
+def _(dq_out, dk_out, q, k, *rule):
+    path = _cpu_path("qk_norm_rope_backward", q.dtype)
+    return path.backward(dq_out, dk_out, q, k, *rule)
+
+
+def _cpu_path(op, dtype):
+    """The module that computes `op`: the C++ where it is there and knows the dtype."""
+    found = native.loaded() and compiled.serves(dtype)
+    announce(op, "C++" if found else "PyTorch")
+    return compiled if found else cpu
 
 
 @torch.library.register_fake("fastvid::qk_norm_rope")

@@ -7,6 +7,7 @@ import torch
 
 from benchmarks import cpu_gate, run, run_models
 from benchmarks.cpu_gate import Ratio
+from benchmarks.machine import ROOT
 
 CPU = torch.device("cpu")
 
@@ -97,6 +98,11 @@ def test_every_floor_is_of_a_case_that_there_is():
         else:
             assert rivals.keys() <= labels[case].rivals.keys(), case
     assert models <= json.loads(cpu_gate.FLOORS.read_text()).keys()
+
+
+def test_every_room_has_a_floor():
+    rooms = {path.parent.name for path in (ROOT / "kernels").glob("*/op.py")}
+    assert rooms <= {case.partition("/")[0] for case in json.loads(cpu_gate.FLOORS.read_text())}
 
 
 def test_the_exit_status_is_that_of_the_worst(rows, monkeypatch, tmp_path, capsys):

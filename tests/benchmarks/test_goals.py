@@ -3,10 +3,11 @@
 import fnmatch
 
 import pytest
+import torch
 
-from benchmarks import goals
+from benchmarks import goals, run, run_models
 from benchmarks.goals import Goal
-from benchmarks.kernels import bench_masked_attention
+from tests.benchmarks.cases import cases_on_a_gpu
 
 
 def row(case, rival="fastvid", **columns):
@@ -43,14 +44,31 @@ def test_rate_of_another_case():
     assert goals.measured(goal, rows[1:]) is None
 
 
+def test_a_rival_that_did_not_match_is_no_comparison():
+    rows = [row("a/f"), {**row("a/f", "flex", ratio_p50=1.3), "match": False}]
+    assert goals.measured(Goal("a/f", "over flex", 1.1, 1.3), rows) is None
+    rows = [{**row("a/dense N=1", tflop_per_s=100.0), "match": False}]
+    rows += [row("a/causal N=1", tflop_per_s=80.0)]
+    assert goals.measured(Goal("a/causal *", "rate of a/dense *", 0.87, 0.9), rows) is None
+
+
+def test_microseconds_are_those_of_a_call():
+    goal = Goal("a/*", "us", 6.0, 5.0, at_most=True)
+    assert goals.measured(goal, [row("a/f", p50_ms=0.0055)]) == (5.5, "")
+    assert goals.measured(goal, [{"case": "a/f", "rival": "fastvid", "match": True}]) is None
+
+
 def test_the_table_says_what_was_reached(monkeypatch):
-    wanted = [Goal("a/*", "of_copy", 0.85, 0.9), Goal("b/*", "of_copy", 0.85, 0.9)]
+    wanted = [Goal("a/*", "of_copy", 0.85, 0.95), Goal("b/*", "of_copy", 0.85, 0.9)]
     wanted += [Goal("a/*", "peak_ratio", 0.7, 0.6, at_most=True), Goal("c/*", "of_copy", 1, 1)]
+    wanted += [Goal("a/*", "us", 1200, 1100, at_most=True)]
     monkeypatch.setattr(goals, "GOALS", wanted)
     rows = [row("a/f", of_copy=0.9, peak_ratio=0.8), row("b/f", of_copy=0.8)]
-    says = goals.table(rows).splitlines()[1:]
-    assert ["0.90 yes" in says[0], "0.80 NO" in says[1], "0.80 NO" in says[2]] == [True] * 3
-    assert "not measured" in says[3]
+    head, *says = goals.table(rows).splitlines()
+    assert [word in head for word in ("goal", "stretch", "measured")] == [True] * 3
+    verdicts = (">= 0.85 >= 0.95      0.90 yes", "0.80 NO", "<= 0.70 <= 0.60       0.80 NO")
+    for line, verdict in zip(says, (*verdicts, "not measured", "1000.00 stretch"), strict=True):
+        assert verdict in line
 
 
 def test_cases_without_a_goal_come_last():
@@ -58,12 +76,17 @@ def test_cases_without_a_goal_come_last():
     assert goals.value_of(first) == 0 < goals.value_of(last) == len(goals.GOALS)
 
 
-def test_goals_of_masked_attention_name_its_cases():
-    names = [
-        f"{name} {way} B=" for name in bench_masked_attention.GPU for way in ("forward", "backward")
-    ]
+def test_every_goal_names_a_case_of_the_gpu(monkeypatch):
+    cases = [case for room in run.rooms() for case in cases_on_a_gpu(room, monkeypatch)]
+    labels = [case.label for case in cases]
+    labels += [label.replace("float32", "bfloat16") for label in labels]
+    for bench in map(run_models.bench, run_models.names()):
+        labels += map(bench.label, bench.specs(torch.device("cuda"), False))
     for goal in goals.GOALS:
         for pattern in (goal.case, goal.column.removeprefix("rate of ")):
-            room, _, name = pattern.partition("/")
-            if room == "masked_attention":
-                assert fnmatch.filter(names, name), pattern
+            assert "/" not in pattern or fnmatch.filter(labels, pattern), pattern
+
+
+def test_every_room_and_model_has_a_goal():
+    reached = {goal.case.partition("/")[0] for goal in goals.GOALS}
+    assert {*run.rooms(), *run_models.names()} == reached

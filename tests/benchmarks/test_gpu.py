@@ -25,7 +25,8 @@ def short(monkeypatch):
         @staticmethod
         def within(spec, seconds):
             seen.append("model")
-            return {"case": "toy/forward", "wall_ratio_p50": 1.2, "match": True}
+            ratios = dict.fromkeys([f"wall_ratio_p{p}" for p in (20, 50, 80)], 1.2)
+            return {"case": "toy/forward", "match": True, **ratios}
 
         line = staticmethod(str)
 
@@ -54,7 +55,7 @@ def test_a_dry_run_ends_with_the_goals_and_a_second_one_has_nothing_to_do(
     rows = harness.read_rows(tmp_path / "rows.jsonl")
     assert [rows[0]["case"], rows[1]["case"]] == [gpu.TESTS, "toy/forward"]  # it has a goal
     assert {row.get("room") for row in rows[2:]} == {"modulate"}
-    assert "1.20 yes" in capsys.readouterr().out.splitlines()[-1]
+    assert "1.20 stretch" in capsys.readouterr().out.splitlines()[-1]
     assert gpu.main(arguments) == 0
     assert harness.read_rows(tmp_path / "rows.jsonl") == rows
     assert short == ["tests", "model"]
@@ -78,6 +79,66 @@ def test_tests_that_failed_are_run_again(short, tmp_path, monkeypatch):
     assert gpu.main(arguments) == 1
     monkeypatch.setattr(gpu, "_tests", passing)
     assert gpu.main(arguments) == 0
+
+
+def test_what_failed_or_was_skipped_is_tried_once_more_after_the_rest(short, tmp_path, monkeypatch):
+    measure, seen = harness.measure, []
+
+    def faulty(case, *arguments, **options):
+        seen.append(case.label)
+        found = measure(case, *arguments, **options)
+        if case is broken:
+            raise RuntimeError("out of memory")
+        if case is late:
+            found[1] = {**found[0], "rival": "eager", "skipped": "the row's 1 s were over"}
+        return found
+
+    *cases, new = run.cases("modulate", torch.device("cpu"), True)[:5]
+    broken, late = cases[:2]
+    monkeypatch.setattr(harness, "measure", faulty)
+    monkeypatch.setattr(gpu.run, "cases", lambda *_: cases)
+    arguments = ["--dry-run", "--out", str(tmp_path)]
+    assert gpu.main(arguments) == 1
+    assert len(seen) == 4
+    assert gpu.main([*arguments, "--keep-failed"]) == 1
+    assert len(seen) == 4
+    broken = late = None
+    cases.append(new)
+    assert gpu.main(arguments) == 0
+    assert seen[4:] == [case.label for case in (new, *cases[:2])]
+    assert gpu.main(arguments) == 0
+    assert len(seen) == 7
+
+
+def test_rows_of_another_commit_are_measured_anew(short, tmp_path, monkeypatch):
+    arguments = ["--dry-run", "--out", str(tmp_path)]
+    environment = gpu.machine.environment
+    for commit in ("aa", "bb"):
+        monkeypatch.setattr(
+            gpu.machine,
+            "environment",
+            lambda device, commit=commit: {**environment(device), "commit": commit},
+        )
+        monkeypatch.setattr(harness, "environment", gpu.machine.environment)
+        assert gpu.main(arguments) == 0
+    assert short == ["tests", "model"] * 2
+    found = harness.read_rows(tmp_path / "rows.jsonl")
+    assert [row["commit"] for row in found if row["case"] == gpu.TESTS] == ["aa", "bb"]
+
+
+def test_a_model_that_failed_is_tried_once_more(short, tmp_path, monkeypatch):
+    arguments = ["--dry-run", "--out", str(tmp_path)]
+    model = run_models.bench("toy")
+    within = model.within
+
+    def fails(spec, seconds):
+        raise RuntimeError("the row's seconds were over before a contender answered")
+
+    monkeypatch.setattr(model, "within", fails)
+    assert gpu.main(arguments) == 1
+    monkeypatch.setattr(model, "within", within)
+    assert gpu.main(arguments) == 0
+    assert short == ["tests", "model"]
 
 
 def test_a_case_that_raises_is_a_row_and_the_run_goes_on(short, tmp_path, monkeypatch):
@@ -110,6 +171,7 @@ def test_a_device_that_died_is_started_again(short, tmp_path, monkeypatch):
     (command,) = started
     assert command[:4] == [sys.executable, "-m", "benchmarks", "gpu"]
     assert 0 < float(command[command.index("--minutes") + 1]) < 2
+    assert "--keep-failed" in command  # else it would break on the same case for ever
     kept = {row["case"] for row in harness.read_rows(tmp_path / "rows.jsonl")}
     assert kept == {gpu.TESTS, "modulate/forward B=1 N=64 D=384 float32"}
 

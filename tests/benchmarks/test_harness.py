@@ -102,6 +102,52 @@ def test_first_call_is_told_apart_from_later_ones(clock):
     assert row["p80_ms"] == pytest.approx(1.0)
 
 
+def test_the_first_call_of_eager_is_its_own(clock):
+    """It sets the tolerance of the others, and is not called before it is timed."""
+    case = make_case(clock)
+    case = dataclasses.replace(case, rivals={**case.rivals, "eager": rival(clock, 1e-3, first=2.0)})
+    ours, theirs, _ = harness.measure(case, CPU, clock=clock)
+    assert [ours["rival"], theirs["rival"]] == ["fastvid", "eager"]
+    assert theirs["first_call_s"] == pytest.approx(2.001)
+    assert theirs["compile_s"] == pytest.approx(2.0)
+
+
+def test_ours_is_measured_whatever_eager_took(clock):
+    case = make_case(clock, theirs=60.0)
+    ours, theirs, _ = harness.measure(case, CPU, clock=clock, seconds=1.0, budget=10.0, sets=1)
+    assert ours["p50_ms"] == pytest.approx(1.0)
+    assert theirs["ratio_p50"] == pytest.approx(60e3)
+
+
+@pytest.mark.parametrize("uncaptured", ["eager", "fastvid"])
+def test_what_cannot_be_captured_is_compared_by_calls_on_both_sides(monkeypatch, uncaptured, clock):
+    """A replay takes a tenth of a call here."""
+    seconds = {"fastvid": 0.125, "eager": 0.25, "flex": 0.5}
+
+    def turns(name, factor):
+        def once():
+            clock.work(factor * seconds[name])
+            return [factor * seconds[name]]
+
+        return once
+
+    def replay(calls):
+        if calls == [uncaptured]:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return turns(*calls, 0.1)
+
+    monkeypatch.setattr(harness, "wall", lambda calls, device, clock: turns(*calls, 1))
+    monkeypatch.setattr(harness, "replay", replay)
+    thunks = {name: [name] for name in seconds}
+    found = harness._times(thunks, torch.device("cuda"), 5.0, 1e9, clock)
+    assert "not permitted" in found[uncaptured]["not_captured"]
+    assert found["flex"]["p50_ms"] == pytest.approx(50)
+    assert found["eager"]["p50_ms"] == pytest.approx(250 if uncaptured == "eager" else 25)
+    assert found["flex"]["wall_p50_ms"] == pytest.approx(500)
+    assert found["eager"]["ratio_p50"] == pytest.approx(2)  # 20 of a call over a replay
+    assert found["flex"]["ratio_p50"] == pytest.approx(4)
+
+
 def test_ratios_are_of_pairs(clock):
     """Both are slow in the same calls, so the ratio does not move."""
     ours, theirs = iter([1, 5] * 10_000), iter([2, 10] * 10_000)

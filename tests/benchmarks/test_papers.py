@@ -140,7 +140,7 @@ def test_the_command_prints_every_table_and_writes_it(tmp_path, capsys):
 
 
 def test_the_committed_results_fill_rows_of_vdt():
-    found = tables.vdt(rows.latest(rows.read(papers.RESULTS)))
+    found = tables.vdt(rows.latest(rows.read(rows.RESULTS)))
     ours = [text for line in found.lines for text in line.ours]
     assert ours
     assert all("% of its matmul" in text for text in ours)  # never seconds alone

@@ -142,25 +142,6 @@ def test_the_page_says_what_is_missing_and_escapes_names(found, tmp_path):
     assert "6.05" in text
 
 
-def test_the_table_of_the_readme_is_that_of_the_committed_results():
-    text = report.README.read_text()
-    models = [row for row in rows.read(report.RESULTS) if row["room"] == "vdt"]
-    begin, end = (text.index(mark) for mark in report.MARKS)
-    assert text[begin:end].partition("\n")[2].rstrip() == report.table_of_models(models)
-
-
-def test_the_readme_is_renewed_between_its_marks(found, tmp_path):
-    readme, picture = tmp_path / "README.md", tmp_path / "vdt.png"
-    readme.write_text(f"before\n{report.MARKS[0]}\nold\n{report.MARKS[1]}\nafter\n")
-    report.renew_readme(found, readme, picture)
-    text = readme.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith(f"{report.MARKS[1]}\nafter\n")
-    assert "old" not in text
-    assert "| forward S/2 frames=8 float32 | 0.01 s | 0.0125 s | 1.25x |" in text
-    assert picture.read_bytes().startswith(b"\x89PNG")
-
-
 def test_the_rows_of_a_run_on_a_gpu_are_shown(tmp_path):
     """Its tests, a case that failed as a whole, a model: they have fewer columns, or others."""
     failed = {**PLACE, "case": "modulate/x", "room": "modulate", "rival": "fastvid", "failed": "E"}
@@ -171,13 +152,6 @@ def test_the_rows_of_a_run_on_a_gpu_are_shown(tmp_path):
     assert [row["rival"] for row in found] == ["fastvid", "fastvid", "eager"]
     assert "modulate/x" in report.build(found, tmp_path / "report").read_text()
     assert [change.verdict for change in compare.compare(found, found)] == ["same"]
-
-
-def test_the_readme_shows_one_core_of_a_cpu_only(found):
-    models = [row for row in found if row["room"] == "vdt"]
-    assert len(report.table_of_models(models).splitlines()) == 2 + 2
-    others = [row | change for row in models for change in ({"threads": 2}, {"device": "cuda"})]
-    assert len(report.table_of_models(others).splitlines()) == 2
 
 
 def test_no_results_is_an_error(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from fastvid.cli import main
 from fastvid.data.synthetic import make_motion_clips
 from fastvid.models.vdt import VDT, VDTConfig
-from fastvid.training.config import CodecConfig, DataConfig, DiffusionConfig, TrainConfig
+from fastvid.training.config import CodecConfig, DataConfig, DiffusionConfig, TrainVDT
 from fastvid.training.runs import export, load_run
 
 pytest.importorskip("av")
@@ -26,7 +26,7 @@ def clips(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, clips):
     """A run as `fastvid train` leaves it, with an untrained model."""
-    config = TrainConfig(
+    config = TrainVDT(
         model=VDTConfig(
             channels=48,
             height=8,

@@ -14,7 +14,7 @@ from fastvid.cli import main
 from fastvid.data.synthetic import make_motion_clips
 from fastvid.data.video import probe, read_clip, write_mp4
 from fastvid.models.vdt import VDT, VDTConfig
-from fastvid.training.config import CodecConfig, DataConfig, DiffusionConfig, TrainConfig
+from fastvid.training.config import CodecConfig, DataConfig, DiffusionConfig, TrainVDT
 from fastvid.training.runs import export, load_run
 
 
@@ -27,7 +27,7 @@ def clip(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run as `fastvid train` leaves it, with a random model."""
-    config = TrainConfig(
+    config = TrainVDT(
         model=VDTConfig(
             channels=48,
             height=8,

@@ -97,7 +97,7 @@ def test_written_gradient_is_the_gradient(rand, norm, turn):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("turn", TURNS)
 @pytest.mark.parametrize("norm", NORMS)
-def test_cpu_rounds_no_worse_than_eager(within_budget, norm, turn, dtype):
+def test_cpu_rounds_no_worse_than_eager(within_budget, cpu_path, norm, turn, dtype):
     torch.manual_seed(0)
     inputs = make(lambda *s, dtype: torch.randn(s).to(dtype), 2, 37, 3, 40, norm, turn, dtype)
     q, k, douts, affine, rotary = inputs
@@ -121,7 +121,7 @@ def test_gradcheck(norm, turn):
     assert torch.autograd.gradcheck(f, (q, k, *affine.values()), fast_mode=True)
 
 
-def test_rows_behind_the_end_of_a_shorter_table_are_no_numbers():
+def test_rows_behind_the_end_of_a_shorter_table_are_no_numbers(cpu_path):
     rows = torch.tensor([[1, 4], [2, 4]], dtype=torch.int32)[None]
     rotary = Rotary.of([rotary_table(2, 8), rotary_table(5, 8)], rows)
     turned, _ = qk_norm_rope(*torch.ones(2, 1, 2, 1, 24), norm=None, rotary=rotary)
@@ -130,7 +130,7 @@ def test_rows_behind_the_end_of_a_shorter_table_are_no_numbers():
     assert turned[0, 1, 0, 8:].isfinite().all()
 
 
-def test_position_zero_and_channels_behind_the_axes_are_not_turned():
+def test_position_zero_and_channels_behind_the_axes_are_not_turned(cpu_path):
     q, k = torch.randn(2, 1, 4, 2, 24)
     rotary = Rotary.of([rotary_table(5, 16)], torch.tensor([0, 1, 2, 0]).int().view(1, 4, 1))
     turned, _ = qk_norm_rope(q, k, norm=None, rotary=rotary)
@@ -139,7 +139,7 @@ def test_position_zero_and_channels_behind_the_axes_are_not_turned():
     assert not torch.equal(turned[:, 1, :, :16], q[:, 1, :, :16])
 
 
-def test_scores_depend_on_differences_of_positions():
+def test_scores_depend_on_differences_of_positions(cpu_path):
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 6, 2, 16)
     table = rotary_table(20, 16)
@@ -151,7 +151,7 @@ def test_scores_depend_on_differences_of_positions():
     torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-4)
 
 
-def test_weights_may_be_one_tensor_and_results_may_go_unused():
+def test_weights_may_be_one_tensor_and_results_may_go_unused(cpu_path):
     torch.manual_seed(0)
     q, k, w = torch.randn(1, 5, 2, 16), torch.randn(1, 5, 2, 16), torch.randn(16)
 
@@ -176,7 +176,7 @@ def test_a_turn_alone_keeps_nothing_for_the_backward():
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("shape", [(0, 4, 2, 24), (2, 0, 2, 24), (2, 4, 0, 24)])
-def test_empty(shape, norm):
+def test_empty(cpu_path, shape, norm):
     q, k, douts, affine, rotary = make(
         lambda *s, dtype: torch.zeros(s), *shape, norm, "three axes, partial"
     )
@@ -187,7 +187,7 @@ def test_empty(shape, norm):
     assert not any(t.any() for t in found)
 
 
-def test_extreme_values_stay_finite():
+def test_extreme_values_stay_finite(cpu_path):
     q = torch.stack([torch.full((64,), 7.0), torch.full((64,), 1e-20), torch.arange(64) * 1e15])
     q = q.view(1, 3, 1, 64)
     for norm in ("rms", "layer"):
@@ -197,22 +197,32 @@ def test_extreme_values_stay_finite():
 
 
 @pytest.mark.usefixtures("poisoned")
-def test_repeats_do_not_change_the_bits():
+def test_threads_do_not_change_the_bits(cpu_path):
+    """Those of PyTorch are the same for one number of threads, ours for any."""
     torch.manual_seed(0)
     q, k, *douts = torch.randn(4, 2, 300, 3, 24)
     affine = {name: torch.randn(72) for name in ("q_weight", "k_weight", "q_bias", "k_bias")}
     f = functools.partial(qk_norm_rope, **options(HARDEST[0], make_rotary(HARDEST[1], 2, 300)))
-    first, second = (gradients(f, douts, q, k, affine) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    threads, found = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 2):
+            torch.set_num_threads(number)
+            found.append(gradients(f, douts, q, k, affine))
+    finally:
+        torch.set_num_threads(threads)
+    pairs = zip(found[0], found[1], strict=True) if cpu_path == "compiled" else ()
+    for a, b in (*pairs, *zip(found[1], found[2], strict=True)):
+        assert torch.equal(a, b)
 
 
-def test_path_is_logged_once(caplog):
+def test_path_is_logged_once(cpu_path, caplog):
     paths.announce.cache_clear()
     q = torch.ones(1, 2, 1, 16)
     with caplog.at_level(logging.DEBUG, "fastvid.kernels"):
         for _ in range(3):
             qk_norm_rope(q, q)
-    assert [record.getMessage() for record in caplog.records] == ["qk_norm_rope: PyTorch"]
+    name = {"compiled": "C++", "pytorch": "PyTorch"}[cpu_path]
+    assert [record.getMessage() for record in caplog.records] == [f"qk_norm_rope: {name}"]
 
 
 # ---- inside PyTorch
@@ -220,7 +230,7 @@ def test_path_is_logged_once(caplog):
 
 @pytest.mark.parametrize(("norm", "turn"), [HARDEST, ("rms per head", "halves"), ("none", "none")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(rand, norm, turn, dtype):
+def test_opcheck(cpu_path, rand, norm, turn, dtype):
     q, k, douts, affine, rotary = make(rand, 2, 4, 2, 24, norm, turn, dtype)
     torch.library.opcheck(BACKWARD, (*douts, q, k, *arguments(norm, affine, rotary)))
     affine = {name: t.requires_grad_() for name, t in affine.items()}
@@ -338,7 +348,7 @@ FOUR_AXES = Rotary(*rotary_table(3, 8), INDEX.expand(-1, -1, 4), (2, 2, 2, 2))
         (Q, Q, {"rotary": ROTARY._replace(rows=INDEX - 9)}, ValueError, r"got -9 to -\d"),
     ],
 )
-def test_refuses(q, k, given, error, says):
+def test_refuses(cpu_path, q, k, given, error, says):
     with pytest.raises(error, match=says):
         qk_norm_rope(q, k, **given)
 

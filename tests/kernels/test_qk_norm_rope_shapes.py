@@ -22,7 +22,12 @@ hypothesis = pytest.importorskip("hypothesis")
 st = pytest.importorskip("hypothesis.strategies")
 
 
-@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],  # it holds no state
+)
 @hypothesis.given(
     B=st.integers(1, 3),
     N=st.integers(1, 9),
@@ -34,7 +39,9 @@ st = pytest.importorskip("hypothesis.strategies")
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     affine_dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
-def test_any_shape_stride_and_dtype(B, N, heads, E, norm, turn, layout, dtype, affine_dtype):
+def test_any_shape_stride_and_dtype(
+    cpu_path, B, N, heads, E, norm, turn, layout, dtype, affine_dtype
+):
     torch.manual_seed(B * N * heads)
     q, k = LAYOUTS[layout](*torch.randn(2, B, N, heads, E).to(dtype))
     douts = list(torch.randn(2, B, N, heads, E).to(dtype))

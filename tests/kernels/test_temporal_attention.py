@@ -79,6 +79,31 @@ def test_cpu_rounds_no_worse_than_eager(within_budget, cpu_path, shape, rule, dt
     check_budget(within_budget, OP, BACKWARD, q, k, v, dout, **rule)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rule", ["all", "everything"])
+@pytest.mark.parametrize("shape", [(2, 16, 5, 3, 72), (1, 33, 2, 1, 24)])
+def test_other_instruction_sets_round_no_worse(within_budget, vectors, shape, rule, dtype):
+    torch.manual_seed(0)
+    q, k, v, dout = torch.randn(4, *shape).to(dtype)
+    rule = RULES[rule](*shape[:2], shape[-1])
+    check_budget(within_budget, OP, BACKWARD, q, k, v, dout, **rule)
+
+
+def test_other_instruction_sets_are_others(vectors):
+    """Without fused multiply-add, or with sums in other lanes, the last bits differ somewhere."""
+    torch.manual_seed(0)
+    q, k, v, dout = torch.randn(4, 2, 16, 9, 3, 72)
+
+    def computed():
+        return OP(q, k, v, *arguments()), *BACKWARD(dout, q, k, v, *arguments())
+
+    narrow = computed()
+    if torch.ops.fastvid_cpp.limit_vectors(64) > vectors:
+        wide = computed()
+        assert vectors == 32 or not all(map(torch.equal, narrow, wide))
+        torch.testing.assert_close(narrow, wide, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_gradcheck(rule):
     torch.manual_seed(0)

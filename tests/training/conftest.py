@@ -12,7 +12,7 @@ from fastvid.training.config import (
     DiffusionConfig,
     OptimConfig,
     RunConfig,
-    TrainConfig,
+    TrainVDT,
 )
 
 MODEL = VDTConfig(
@@ -81,6 +81,6 @@ def config(clips, tmp_path):
         for name, value in changes.items():
             part = next(key for key, part in parts.items() if hasattr(part, name))
             parts[part] = replace(parts[part], **{name: value})
-        return TrainConfig(**parts)
+        return TrainVDT(**parts)
 
     return make

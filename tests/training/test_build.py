@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from fastvid.models.vdt import VDT, VDTConfig
-from fastvid.training.build import build_model, build_schedule
-from fastvid.training.config import DataConfig, DiffusionConfig, RunConfig, TrainConfig
+from fastvid.training.build import build_schedule
+from fastvid.training.config import DataConfig, DiffusionConfig, RunConfig, TrainVDT
+from fastvid.training.vdt import build_model
 
 VIDEO = VDTConfig(channels=48, height=4, width=4, frames=4, dim=384, depth=1, heads=6)
 IMAGE = replace(VIDEO, mode="image", frames=1)
@@ -18,7 +19,7 @@ def wanting(init, **changes):
     """A run that starts with the weights at `init`."""
     model = replace(VIDEO, **changes)
     data = DataConfig(frames=model.frames, size=(4 * model.height, 4 * model.width))
-    return TrainConfig(model=model, data=data, run=RunConfig(init=str(init)))
+    return TrainVDT(model=model, data=data, run=RunConfig(init=str(init)))
 
 
 @pytest.fixture(params=["folder", "official file"])

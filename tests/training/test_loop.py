@@ -376,7 +376,7 @@ def test_clips_too_short_are_refused_with_their_length(config, tmp_path):
 
 def test_weights_start_from_another_run_and_from_an_image_model(config, tmp_path):
     from fastvid.models.vdt import VDT
-    from fastvid.training.build import build_model
+    from fastvid.training.vdt import build_model
 
     folder = train(config(steps=2))
     again = build_model(config(init=str(folder)))

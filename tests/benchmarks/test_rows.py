@@ -1,0 +1,54 @@
+"""Result files that are renewed in place."""
+
+import pytest
+
+from benchmarks import harness, rows, run
+
+PLACE = {"machine": "A CPU", "threads": 1, "compiled": True}
+
+
+def row(case, rival="fastvid", **changes):
+    return {**PLACE, "case": case, "rival": rival, "p50_ms": 1.0} | changes
+
+
+def test_a_case_takes_the_place_of_its_older_self_and_of_no_other(tmp_path):
+    path = tmp_path / "new" / "room.jsonl"
+    rows.save(path, [row("b"), row("b", "eager"), row("b", "gone")], ["a", "b"])
+    rows.save(path, [row("b", threads=2)], ["a", "b"])
+    rows.save(path, [row("a")], ["a", "b"])
+    rows.save(path, [row("b", p50_ms=2.0), row("b", "eager")], ["a", "b"])
+    assert harness.read_rows(path) == [
+        row("a"),  # in the order of the cases
+        row("b", p50_ms=2.0),
+        row("b", "eager"),
+        row("b", threads=2),
+    ]
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_cases_that_are_no_more_are_dropped_where_all_are_named(tmp_path):
+    path = tmp_path / "room.jsonl"
+    rows.save(path, [row("old")])
+    rows.save(path, [row("new")])
+    assert [each["case"] for each in harness.read_rows(path)] == ["old", "new"]
+    rows.save(path, [row("new")], ["new"])
+    assert harness.read_rows(path) == [row("new")]
+
+
+def test_kernels_renew_the_results_of_this_machine(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    monkeypatch.setattr(run.machine, "folder", lambda device: "here")
+    cases = run.cases("modulate", run.torch.device("cpu"), True)[:2]
+    monkeypatch.setattr(run, "cases", lambda *_: cases)
+    arguments = ["--device", "cpu", "--room", "modulate", "--seconds", "0.01", "--save"]
+    for _ in range(2):
+        assert run.main(arguments) == 0
+        found = harness.read_rows(tmp_path / "here" / "modulate.jsonl")
+        assert [each["case"] for each in found if each["rival"] == "fastvid"] == [
+            case.label for case in cases
+        ]
+
+
+def test_tiny_sizes_are_not_kept():
+    with pytest.raises(SystemExit):
+        run.main(["--save", "--quick"])
