@@ -145,7 +145,6 @@ def test_few_and_huge_groups_go_to_pytorch(hopper):
     assert not taken(vendor.Rule(8, 2), identity, wants_gradient=True)
     assert not taken(vendor.Rule(0, 9), identity, q[:, :0])
     assert taken(None, visibility_of("full"), q.float()), "nothing is hidden"
-    assert not vendor.FASTER_ON, "no GPU was measured"
 
 
 def test_no_group_is_made_on_a_cpu_or_of_what_only_the_device_knows(hopper, monkeypatch):
