@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from fastvid.functional import pyramid_renoise
+from tests.kernels.noising_cases import LAYOUTS
 from tests.kernels.pyramid_renoise_cases import (
     ENDPOINTS,
     HALVE,
     KINDS,
-    LAYOUTS,
     LEVELS,
     RENOISE,
     check_endpoints,
