@@ -186,7 +186,7 @@ def main(argv: list[str]) -> int:
     print(f"{'room':<18} {'variant':<24} {'arch':<7} {'time':>7}  {columns}")
     architectures = arguments.arch or (*ARCHITECTURES, *UNBUDGETED)
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:  # one process per core
-        within = []
+        begun = {}  # all of them, so that no core waits at the end of a room
         for room in arguments.room or rooms():
             tasks = [
                 (room, variant.name, architecture, arguments.all)
@@ -194,6 +194,9 @@ def main(argv: list[str]) -> int:
                 for architecture in architectures
                 if architecture in (variant.architectures or architectures)
             ]
-            compilations = pool.map(compile_one, *zip(*tasks, strict=True))
-            within.append(check_room(room, compilations, arguments.update, arguments.all))
+            begun[room] = pool.map(compile_one, *zip(*tasks, strict=True))
+        within = [
+            check_room(room, compilations, arguments.update, arguments.all)
+            for room, compilations in begun.items()
+        ]
     return 0 if all(within) else 1

@@ -13,7 +13,9 @@ import dataclasses
 import difflib
 import fnmatch
 import importlib
+import importlib.util
 import math
+import re
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -26,42 +28,50 @@ from benchmarks import compile as aot
 from benchmarks import harness, machine, run
 from fastvid.kernels._shared.variants import Variant
 
-SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}  # bytes of a program
+# Kilobytes of shared memory that a program may have, by compute capability.
+SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 120: 99}
 
 
 class Search(NamedTuple):
     """One entry of a launch table, and what may stand there."""
 
-    table: str  # its name in the room's kernel.py
+    table: str  # its name in the room's file
     key: tuple[int, ...]  # (512,) is FORWARD[512], (16, 64) is FORWARD[16][64]
     candidates: list[Any]
     variant: Callable[[Any], Variant]  # the kernel under a candidate
     case: str  # pattern of the labels, such as "modulate/forward * D=384 *"
+    file: str = "kernel"  # of the room, without .py
+    rival: str = "fastvid"  # of the case, that launches by the table
 
     @property
     def name(self) -> str:
-        return self.table + "".join(f"[{key}]" for key in self.key)
-
-
-def rooms() -> list[str]:
-    """The rooms that say what may be launched."""
-    files = run.BENCHES.glob("launch_*.py")
-    return sorted(path.stem.removeprefix("launch_") for path in files)
+        file = "" if self.file == "kernel" else f"{self.file}."
+        return file + self.table + "".join(f"[{key}]" for key in self.key)
 
 
 def searches(room: str) -> list[Search]:
     """What a room says may be tried; nothing where it has no launch table."""
-    module = importlib.import_module(f"benchmarks.kernels.launch_{room}")
-    return getattr(module, "searches", list)()
+    return getattr(_launches(room), "searches", list)()
 
 
-def _kernel(room: str) -> Any:
-    return importlib.import_module(f"fastvid.kernels.{room}.kernel")
+def unsearched(room: str) -> dict[str, str]:
+    """The launch tables of a room that nothing searches, and why."""
+    return getattr(_launches(room), "UNSEARCHED", {})
 
 
-def entry(module: Any, search: Search) -> tuple[dict, Any]:
+def _launches(room: str) -> Any:
+    name = f"benchmarks.kernels.launch_{room}"
+    return importlib.import_module(name) if importlib.util.find_spec(name) else None
+
+
+def module(room: str, file: str = "kernel") -> Any:
+    """A file of a room, imported."""
+    return importlib.import_module(f"fastvid.kernels.{room}.{file}")
+
+
+def entry(room: str, search: Search) -> tuple[dict, Any]:
     """The dictionary that holds the entry, and its last key."""
-    found = getattr(module, search.table)
+    found = getattr(module(room, search.file), search.table)
     for key in search.key[:-1]:
         found = found[key]
     return found, search.key[-1]
@@ -78,13 +88,22 @@ def compiled(room: str, name: str, candidate: Any, architecture: str) -> dict[st
 
 def fits(found: dict[str, int] | None, architecture: str) -> bool:
     """Whether a compilation keeps to registers and to the shared memory that there is."""
-    return bool(found) and not found["stack"] and found["shared"] <= SHARED[architecture]
+    return bool(found) and not found["stack"] and found["shared"] <= shared_bytes(architecture)
 
 
-def as_rivals(case: harness.Case, holder: dict, key: Any, candidates: list[Any]) -> harness.Case:
+def shared_bytes(architecture: str) -> int:
+    """What `sm_86` allows a program; an unknown one as much as the nearest older one."""
+    capability = int(architecture.removeprefix("sm_"))
+    older = [known for known in SHARED if known <= capability] or [min(SHARED)]
+    return 1024 * SHARED[max(older)]
+
+
+def as_rivals(
+    case: harness.Case, holder: dict, key: Any, candidates: list[Any], rival: str = "fastvid"
+) -> harness.Case:
     """The case with our op under each candidate; "fastvid" is the entry that stands there."""
     standing = holder[key]
-    ours, eager = case.rivals["fastvid"], case.rivals["eager"]
+    ours, eager = case.rivals[rival], case.rivals["eager"]
 
     def under(candidate):
         def bind(*inputs):
@@ -152,10 +171,10 @@ def _timed(search: Search, room: str, candidates: list[Any], seconds: float) -> 
     device = torch.device("cuda")
     found = run.cases(room, device, quick=False)
     case = next((case for case in found if fnmatch.fnmatch(case.label, search.case)), None)
-    if case is None:
-        print(f"  no case is called {search.case}")
+    if case is None or search.rival not in case.rivals:
+        print(f"  no case is called {search.case}, or it has no {search.rival} on this machine")
         return None
-    case = as_rivals(case, *entry(_kernel(room), search), candidates)
+    case = as_rivals(case, *entry(room, search), candidates, search.rival)
     rows = harness.measure(case, device, seconds=seconds)
     print(harness.table(rows), flush=True)
     return fastest(rows)
@@ -164,24 +183,33 @@ def _timed(search: Search, room: str, candidates: list[Any], seconds: float) -> 
 def main(argv: list[str]) -> int:
     """0 when everything was searched; the patch, if any, stands last."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks tune", description=__doc__)
-    parser.add_argument("room", choices=rooms())
+    parser.add_argument("room", choices=run.rooms())
     parser.add_argument("--table", default="", help="only entries that begin so: FORWARD[16]")
     parser.add_argument("--most", type=int, help="candidates per entry")
-    parser.add_argument("--arch", choices=SHARED, help="default: that of the GPU, or sm_90")
+    parser.add_argument("--arch", help="such as sm_89; default: that of the GPU, or sm_90")
     parser.add_argument("--seconds", type=float, default=2.0, help="per entry")
     parser.add_argument("--dry-run", action="store_true", help="compile and rank, without a GPU")
     arguments = parser.parse_args(argv)
+    if not re.fullmatch(r"sm_\d+", arguments.arch or "sm_90"):
+        parser.error(f"--arch must be sm_NN, got {arguments.arch}")
+    if not searches(arguments.room):
+        parser.error(
+            f"{arguments.room} has no launch table to search: its launcher computes tiles and "
+            f"warps from the sizes, in kernels/{arguments.room}/kernel.py"
+        )
     if not (arguments.dry_run or torch.cuda.is_available()):
         parser.error("no CUDA device here; --dry-run compiles and ranks without one")
     if (code := aot.without_interpreter("tune", argv)) is not None:
         return code
     room, architecture = arguments.room, arguments.arch or _architecture()
-    module, winners = _kernel(room), {}
+    for table, why in unsearched(room).items():
+        print(f"{table} is not searched: {why}")
+    winners: dict[str, dict] = {}  # by file
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         for search in searches(room):
             if not search.name.startswith(arguments.table):
                 continue
-            holder, key = entry(module, search)
+            holder, key = entry(room, search)
             others = [each for each in search.candidates if each != holder[key]]
             tried = [holder[key], *others[: arguments.most]]
             jobs = [(room, search.name, candidate, architecture) for candidate in tried]
@@ -199,10 +227,11 @@ def main(argv: list[str]) -> int:
                 kept = [candidate for candidate in kept if candidate != holder[key]]
                 winner = _timed(search, room, kept, arguments.seconds)
             if winner and winner != written(holder[key]):
-                winners[search.table, search.key] = winner
+                winners.setdefault(search.file, {})[search.table, search.key] = winner
     what = "if the fewest registers won, and nothing was timed" if arguments.dry_run else "found"
-    print(f"\n# {len(winners)} entries to change ({what})")
-    print(diff(aot.KERNELS / room / "kernel.py", winners), end="")
+    print(f"\n# {sum(map(len, winners.values()))} entries to change ({what})")
+    for file, entries in winners.items():
+        print(diff(aot.KERNELS / room / f"{file}.py", entries), end="")
     return 0
 
 

@@ -230,3 +230,61 @@ def test_check_of_the_installation_takes_any_build_of_the_pinned_release(pin, ve
     spec.loader.exec_module(module)
     found = module.faults([requirements.Requirement(pin)], {"torch": version}, gpu=True)
     assert found == ([] if fine else [f"torch is {version}, constraints.txt says {pin}"])
+
+
+EXTENSION = """
+import json, os, sys, torch
+from torch.utils import cpp_extension
+import setuptools
+torch.version.cuda, cpp_extension.CUDA_HOME = sys.argv[1] or None, sys.argv[2] or None
+cpp_extension.library_paths = lambda *args, **kwargs: []
+os.environ["CUDA_HOME"] = sys.argv[2]
+def setup(ext_modules=(), **rest):
+    for e in ext_modules:
+        seen = {"sources": e.sources, "flags": e.extra_compile_args, "libs": e.libraries}
+        print(json.dumps(seen))
+setuptools.setup = setup
+exec(compile(open("setup.py").read(), "setup.py", "exec"), {"__name__": "__main__"})
+"""
+
+
+@pytest.fixture
+def extension(tmp_path):
+    """What `setup.py` builds for a torch of this CUDA and an nvcc of that, either may be None."""
+
+    def read(cuda, nvcc):
+        home = tmp_path / "cuda"
+        if nvcc:
+            (home / "bin").mkdir(parents=True)
+            (home / "bin/nvcc").write_text(f"#!/bin/sh\necho Cuda tools, release {nvcc}, V{nvcc}.1")
+            (home / "bin/nvcc").chmod(0o755)
+        printed = python(EXTENSION, cuda or "", home if nvcc else "", cwd=ROOT)
+        return json.loads(printed.splitlines()[-1])
+
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip("no C++ compiler")
+    return read
+
+
+def test_cuda_kernels_are_built_where_torch_and_nvcc_are_of_one_release(extension):
+    built = extension("13.0", "13.2")
+    kernels = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/*/*.cu")}
+    assert kernels <= set(built["sources"])
+    assert "torch_cuda" in built["libs"]
+    gpus = [flag for flag in built["flags"]["nvcc"] if "gencode" in flag]
+    assert any("code=sm_90a" in flag for flag in gpus)
+    assert any("sm_80,compute_80" in flag for flag in gpus)
+
+
+@pytest.mark.parametrize(("cuda", "nvcc"), [(None, "13.0"), ("13.0", None), ("13.0", "12.8")])
+def test_without_an_nvcc_of_torch_the_cpp_alone_is_built(extension, cuda, nvcc):
+    built = extension(cuda, nvcc)
+    sources = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/*/*.cpp")}
+    assert set(built["sources"]) == sources
+    assert "nvcc" not in built["flags"]
+
+
+def test_compiled_sources_have_objects_of_their_own():
+    """Setuptools names an object after its source without the suffix: `a.cpp` and `a.cu` clash."""
+    objects = [path.with_suffix("") for path in ROOT.glob("csrc/*/*") if path.suffix[:2] == ".c"]
+    assert len(objects) == len(set(objects)) > 2

@@ -1,6 +1,7 @@
 """`asymmetric_attention` against what users write: batched SDPA, a loop over frames, repeated keys.
 
 "eager" is batched SDPA on views, "compile" is `torch.compile` of the two products of "einsum".
+FlexAttention and packages see the same views as "eager".
 "shared" cases are the two halves of classifier-free guidance on one set of keys.
 """
 
@@ -8,6 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.harness import Case, backward_of, forward_of
+from benchmarks.rivals import packages
+from benchmarks.rivals.sdpa import by_backend, heads_first, sdpa
 from fastvid.functional import asymmetric_attention
 from fastvid.kernels.asymmetric_attention import reference
 
@@ -35,30 +38,26 @@ CPU = {
 QUICK = {"frame": ("frame", 2, 1, 3, 8, 4, 2, 16), "clip": ("clip", 2, 2, 3, 8, 4, 2, 16)}
 
 
-def heads_first(x):
-    return x.transpose(1, 2)
-
-
-def batched_sdpa(scope):
+def batched(scope, attend=sdpa):
     """One call on views, frames in the batch or in a row; what two halves share is repeated."""
 
     def f(q, k, v):
         axes = (0, 1) if scope == "frame" else (1, 2)
         k, v = (x.expand(len(q), *x.shape[1:]) for x in (k, v))
-        rows = [heads_first(x.flatten(*axes)) for x in (q, k, v)]
-        return heads_first(F.scaled_dot_product_attention(*rows)).reshape(q.shape)
+        return attend(*(x.flatten(*axes) for x in (q, k, v))).reshape(q.shape)
 
     return f
 
 
 def permuted_sdpa(scope):
-    """As `batched_sdpa`, on copies with the heads in front."""
+    """As `batched`, on copies with the heads in front."""
 
     def f(q, k, v):
         axes = (0, 1) if scope == "frame" else (1, 2)
         k, v = (x.repeat(len(q) // len(x), 1, 1, 1, 1) for x in (k, v))
-        rows = [heads_first(x.flatten(*axes)).contiguous() for x in (q, k, v)]
-        return heads_first(F.scaled_dot_product_attention(*rows)).reshape(q.shape).contiguous()
+        rows = [x.contiguous() for x in heads_first(*(x.flatten(*axes) for x in (q, k, v)))]
+        out = F.scaled_dot_product_attention(*rows).transpose(1, 2)
+        return out.reshape(q.shape).contiguous()
 
     return f
 
@@ -71,13 +70,21 @@ def frame_loop(scope):
         seen = zip(k.unbind(1), v.unbind(1), strict=True)
         if scope == "clip":
             seen = [(k.flatten(1, 2), v.flatten(1, 2))] * q.shape[1]
-        frames = [
-            heads_first(F.scaled_dot_product_attention(*map(heads_first, (one, *keys))))
-            for one, keys in zip(q.unbind(1), seen, strict=True)
-        ]
-        return torch.stack(frames, 1)
+        frames = zip(q.unbind(1), seen, strict=True)
+        return torch.stack([sdpa(one, *keys) for one, keys in frames], 1)
 
     return f
+
+
+def flex():
+    """FlexAttention, compiled, with nothing to hide."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda q, k, v: compiled(*heads_first(q, k, v)).transpose(1, 2)
+
+
+PACKAGES = {"flash-attn": packages.flash_attn, "xformers": packages.xformers}
 
 
 def kernel_only(scope):
@@ -92,15 +99,15 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     on_gpu = device.type == "cuda"
     found = QUICK if quick else GPU if on_gpu else CPU
     return [
-        _case(f"{name} {direction}", direction, *case, dtype, on_gpu, quick)
+        _case(f"{name} {direction}", direction, *case, dtype, device, quick)
         for name, case in found.items()
         for direction in ("forward", "backward")
         for dtype in ([torch.bfloat16] if on_gpu else [torch.float32, torch.bfloat16])
     ]
 
 
-def _case(name, direction, scope, B, Bk, T, Nq, Nk, heads, E, dtype, on_gpu, quick):
-    forward = direction == "forward"
+def _case(name, direction, scope, B, Bk, T, Nq, Nk, heads, E, dtype, device, quick):
+    forward, on_gpu = direction == "forward", device.type == "cuda"
     bind = forward_of if forward else backward_of
 
     def einsum(q, k, v):
@@ -108,15 +115,20 @@ def _case(name, direction, scope, B, Bk, T, Nq, Nk, heads, E, dtype, on_gpu, qui
 
     rivals = {
         "fastvid": lambda q, k, v: asymmetric_attention(q, k, v, scope=scope),
-        "eager": batched_sdpa(scope),
+        "eager": batched(scope),
         "permuted": permuted_sdpa(scope),
         "loop": frame_loop(scope),
         "einsum": einsum,
     }
     if on_gpu:
         rivals["kernel"] = kernel_only(scope)
+        rivals |= by_backend("eager", rivals["eager"])
     if not quick:
         rivals["compile"] = torch.compile(einsum, dynamic=False)
+        if forward or on_gpu:  # FlexAttention has no backward on a CPU
+            rivals["flex"] = batched(scope, flex())
+    here, missing = packages.split_by_presence(device, PACKAGES)
+    rivals |= {name: batched(scope, attend) for name, attend in here.items()}
 
     def make_inputs(device):
         q = torch.randn(B, T, Nq, heads, E, device=device).to(dtype)
@@ -135,4 +147,5 @@ def _case(name, direction, scope, B, Bk, T, Nq, Nk, heads, E, dtype, on_gpu, qui
         oracle=bind(einsum),
         nbytes=moved * heads * E * dtype.itemsize,
         flops=(4 if forward else 10) * pairs * heads * E,
+        missing=missing,
     )

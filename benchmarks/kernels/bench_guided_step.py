@@ -11,7 +11,7 @@ from fastvid.diffusion.schedule import linear, respace
 from fastvid.diffusion.tables import ddim_table
 from fastvid.functional import guided_step
 from fastvid.kernels._shared import native
-from fastvid.kernels.guided_step import cpu, reference
+from fastvid.kernels.guided_step import compiled, cpu, reference
 
 # VDT at 16 x 16 latents, a batch at 32 x 32, MarDini at 512 px (13.6 MB in float32), a batch of it.
 SHAPES = [(1, 4, 16, 16, 16), (8, 4, 16, 32, 32), (1, 16, 13, 64, 64), (4, 16, 13, 64, 64)]
@@ -72,6 +72,16 @@ def _case(name, shape, dtype, device, quick):
         cpu.guided_step(x, prediction, table, step, [SCALE], None, *given, None, None, 0, out)
         return out
 
+    def in_cuda(x, prediction, clean):
+        """The kernel of the compiled part, whatever size the op takes it up to."""
+        given = (None, None) if known is None else (known, clean)
+        out = torch.empty_like(x)
+        op = torch.ops.fastvid_cuda.guided_step
+        compiled.call_step(
+            op, x, prediction, on_device, step, [SCALE], None, *given, None, None, 0, out
+        )
+        return out
+
     def oracle(x, prediction, clean):
         row = on_device[ROW].double()
         given = (None, None) if known is None else (known, clean)
@@ -84,6 +94,8 @@ def _case(name, shape, dtype, device, quick):
     rivals = {"fastvid": ours, "eager": plain}
     if device.type == "cpu" and native.loaded():
         rivals["no C++"] = without_compiled_part
+    if device.type == "cuda" and native.cuda_loaded():
+        rivals["CUDA"] = in_cuda
     if not quick:
         rivals["compile"] = torch.compile(plain, dynamic=False)
     return Case(

@@ -1,10 +1,13 @@
-"""`qk_norm_rope` against the lines that users write and against `torch.compile` of them."""
+"""`qk_norm_rope` against the lines that users write and against `torch.compile` of them.
+
+"liger" is its norm before the same turn: its rotary op has no positions on several axes.
+"""
 
 import functools
-import importlib.util
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from benchmarks.harness import Case, backward_of, forward_of
 from benchmarks.rivals import packages
@@ -38,6 +41,13 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     ]
 
 
+def plain_norm(kind: str, x: Tensor, weight: Tensor) -> Tensor:
+    """ "layer" or "rms", over the last axis."""
+    if kind == "layer":
+        return F.layer_norm(x, x.shape[-1:], weight, None, 1e-6)
+    return F.rms_norm(x, x.shape[-1:], weight, 1e-6)
+
+
 def _case(name, forward, norm, across, grid, heads, E, dims, dtype, device, quick):
     N, rotary = _positions(grid, dims, device)
     # One cosine and one sine per pair and token, made beforehand: the plainest fast way.
@@ -50,13 +60,9 @@ def _case(name, forward, norm, across, grid, heads, E, dims, dtype, device, quic
     )
     cos, sin = cos[:, None].to(dtype), sin[:, None].to(dtype)  # (N, 1, E / 2)
 
-    def one(x, weight, turn):
+    def one(x, weight, turn, normed=plain_norm):
         rows = x.flatten(2) if across else x
-        if norm == "layer":
-            rows = F.layer_norm(rows, rows.shape[-1:], weight, None, 1e-6)
-        else:
-            rows = F.rms_norm(rows, rows.shape[-1:], weight, 1e-6)
-        return turn(rows.view(x.shape))
+        return turn(normed(norm, rows, weight).view(x.shape))
 
     def stacked(x):
         a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
@@ -70,6 +76,13 @@ def _case(name, forward, norm, across, grid, heads, E, dims, dtype, device, quic
 
     def eager(q, k, q_weight, k_weight):
         return one(q, q_weight, stacked), one(k, k_weight, stacked)
+
+    def with_liger():
+        normed = packages.liger_norm()
+        return lambda q, k, q_weight, k_weight: (
+            one(q, q_weight, stacked, normed),
+            one(k, k_weight, stacked, normed),
+        )
 
     def as_complex(q, k, q_weight, k_weight):
         return one(q, q_weight, multiplied), one(k, k_weight, multiplied)
@@ -89,13 +102,10 @@ def _case(name, forward, norm, across, grid, heads, E, dims, dtype, device, quic
         douts = torch.randn(2, 1, N, heads, E, device=device).to(dtype)
         return (q, k, *weights, *(() if forward else douts))
 
-    rivals = {"fastvid": ours, "eager": eager, "complex": as_complex}
-    missing = {}
+    here, missing = packages.split_by_presence(device, {"liger": with_liger})
+    rivals = {"fastvid": ours, "eager": eager, "complex": as_complex, **here}
     if not quick:
         rivals["compile"] = torch.compile(eager, dynamic=False)
-    module, install = packages.PACKAGES["liger"]
-    if device.type != "cuda" or importlib.util.find_spec(module) is None:
-        missing["liger"] = f"needs a GPU, and {install}"
     bind = forward_of if forward else functools.partial(backward_of, results=2)
     return Case(
         room="qk_norm_rope",

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.harness import Case, backward_of, forward_of
 from benchmarks.rivals import packages
+from benchmarks.rivals.sdpa import by_backend
 from fastvid.functional import temporal_attention
 from fastvid.kernels.temporal_attention import reference
 
@@ -75,16 +75,6 @@ def turned(rotary, *tensors):
     return tensors if rotary is None else [reference.rotate(x, rotary) for x in tensors]
 
 
-def permuted_by(backend: SDPBackend) -> Callable[..., Tensor]:
-    """`permuted_sdpa` by one backend of a GPU."""
-
-    def attend(*inputs, **rule):
-        with sdpa_kernel(backend):
-            return permuted_sdpa(*inputs, **rule)
-
-    return attend
-
-
 def flex(visible: Tensor | None, T: int, device: torch.device) -> Callable[..., Tensor]:
     """FlexAttention, compiled, behind the same permutes; its block mask is made beforehand."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -104,11 +94,19 @@ def flex(visible: Tensor | None, T: int, device: torch.device) -> Callable[..., 
     return functools.partial(permuted_sdpa, attend=attend)
 
 
-PACKAGES = {
-    "flash-attn": lambda: packages.over_frames(packages.flash_attn()),
-    "xformers": lambda: packages.over_frames(packages.xformers()),
-    "natten": lambda: packages.over_frames(packages.natten_over_all()),
-}
+def from_packages(rule: dict[str, Any]) -> dict[str, Callable[[], Callable[..., Tensor]]]:
+    """Those that compute the rule: one has a window, none has frames that see only themselves."""
+    if "known" in rule:
+        return {}
+    makers = {"flash-attn": functools.partial(packages.flash_attn, rule.get("window"))}
+    if "window" not in rule:
+        makers |= {"xformers": packages.xformers, "natten": packages.natten_over_all}
+
+    def over_frames(make):
+        attend = packages.over_frames(make())
+        return lambda q, k, v: attend(*turned(rule.get("rotary"), q, k), v)
+
+    return {name: functools.partial(over_frames, make) for name, make in makers.items()}
 
 
 def bytes_moved(forward: bool, B: int, T: int, N: int, heads: int, E: int, itemsize: int) -> int:
@@ -153,9 +151,7 @@ def _case(name, packed, rule, shape, dtype, device, quick):
         visible = reference.visible(T, *seen, device)
     rivals = {"eager": eager, "strided": strided_sdpa}
     if on_gpu:
-        rivals["permute flash"] = permuted_by(SDPBackend.FLASH_ATTENTION)
-        rivals["permute cudnn"] = permuted_by(SDPBackend.CUDNN_ATTENTION)
-        rivals["permute effic."] = permuted_by(SDPBackend.EFFICIENT_ATTENTION)
+        rivals |= by_backend("permute", permuted_sdpa)
     else:
         rivals["permute"] = permuted_sdpa
     if not quick:
@@ -164,7 +160,7 @@ def _case(name, packed, rule, shape, dtype, device, quick):
             rivals["flex"] = flex(visible, T, device)
     told = {"visible": visible, "rotary": arguments.get("rotary")}
     rivals = {rival: functools.partial(f, **told) for rival, f in rivals.items()}
-    here, missing = packages.split_by_presence(device, {} if rule else PACKAGES)
+    here, missing = packages.split_by_presence(device, from_packages(arguments))
     ours = functools.partial(temporal_attention, **arguments)
 
     def make_inputs(device):

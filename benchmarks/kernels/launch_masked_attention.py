@@ -5,7 +5,7 @@ import itertools
 
 from benchmarks.tune import Search
 from fastvid.kernels._shared.variants import Variant
-from fastvid.kernels.masked_attention import kernel
+from fastvid.kernels.masked_attention import descriptors, kernel
 
 WIDTHS = {64: 64, 80: 72, 128: 128}  # by the padded head width, that of a GPU case
 CANDIDATES = [
@@ -29,6 +29,17 @@ def searches() -> list[Search]:
             f"masked_attention/dense {E} {direction} *",
         )
         for table, (direction, run) in KERNELS.items()
+        for width, E in WIDTHS.items()
+    ] + [
+        Search(
+            "BLOCKS",
+            (width,),
+            CANDIDATES,
+            functools.partial(_variant, descriptors.forward, width, E),
+            f"masked_attention/dense {E} forward *",
+            file="descriptors",
+            rival="fastvid, tensor descriptors",
+        )
         for width, E in WIDTHS.items()
     ]
 

@@ -5,29 +5,32 @@ import itertools
 
 from benchmarks.tune import Search
 from fastvid.kernels._shared.variants import Variant
-from fastvid.kernels.modulate import kernel
+from fastvid.kernels.modulate import kernel, residual
 
+UNSEARCHED = {"PER_TOKEN": "no case of the benchmark has a modulation per token"}
 WIDTHS = {512: 384, 1024: 1024, 2048: 1152}  # by BLOCK_D, one that a GPU case has
 CANDIDATES = list(itertools.product((1, 2, 4, 8, 16), (1, 2, 4, 8, 16)))  # BLOCK_N, warps
 
 
 def searches() -> list[Search]:
-    """Rows and warps of a program, forward and backward."""
+    """Rows and warps of a program, forward and backward, without and with a residual."""
     return [
         Search(
             table,
             (block_d,),
             CANDIDATES,
-            functools.partial(_variant, run, block_d, D),
-            f"modulate/{table.lower()} * D={D} *",
+            functools.partial(_variant, file, f"_{table.lower()}", block_d, D),
+            f"modulate/{case}{table.lower()} * D={D} *",
+            file=file.__name__.rpartition(".")[2],
         )
-        for table, run in (("FORWARD", kernel._forward), ("BACKWARD", kernel._backward))
+        for file, case in ((kernel, ""), (residual, "residual_norm_"))
+        for table in ("FORWARD", "BACKWARD")
         for block_d, D in WIDTHS.items()
     ]
 
 
-def _variant(run, block_d: int, D: int, candidate: tuple[int, int]) -> Variant:
-    return kernel._variant("tried", run, {block_d: candidate}, D)
+def _variant(file, run: str, block_d: int, D: int, candidate: tuple[int, int]) -> Variant:
+    return file._variant("tried", getattr(file, run), {block_d: candidate}, D)
 
 
 def all_variants() -> list[Variant]:

@@ -8,6 +8,9 @@ import torch
 from fastvid.models.mardini import MarDini, MarDiniConfig
 from fastvid.models.vdt import VDTConfig
 
+PYRAMID_FLOW = {"miniFLUX": 1_972_059_200, "MMDiT": 2_028_334_144}  # parameters
+PYRAMID_WIDTHS, PYRAMID_TEXT = {"miniFLUX": 1920, "MMDiT": 1536}, 128
+
 
 def mardini(config: MarDiniConfig, frames: int, cells: int, width: int = 2) -> int:
     """Sampling a clip of `cells` x `cells`, weights resident, `width` bytes a number.
@@ -25,6 +28,17 @@ def mardini(config: MarDiniConfig, frames: int, cells: int, width: int = 2) -> i
     generating = fine * (3 * generator.dim + max(5 * generator.dim, generator.mlp + generator.dim))
     keys_and_values = 2 * generator.depth * low * generator.dim
     return width * (weights + max(planning, keys_and_values + generating))
+
+
+def pyramid_flow(model: str, longest: int) -> int:
+    """Sampling in bfloat16 with guidance, weights resident, in the call of most image tokens.
+
+    Of a block: the stream, its norm, then q, k, v and the result, or the MLP's hidden layer;
+    miniFLUX's single blocks hold both of these at once.
+    """
+    rows = {"miniFLUX": 2 + 4 + 4, "MMDiT": 2 + 4}[model]
+    tokens = 2 * (PYRAMID_TEXT + longest)
+    return 2 * (PYRAMID_FLOW[model] + tokens * rows * PYRAMID_WIDTHS[model])
 
 
 def vdt_weights(config: VDTConfig) -> int:

@@ -39,11 +39,16 @@ def split_by_presence(
     return here, missing
 
 
-def flash_attn() -> Attention:
-    """`flash_attn_func` in 16 bits; its backward in the deterministic form, as ours is."""
+def flash_attn(window: tuple[int, int] | None = None) -> Attention:
+    """`flash_attn_func` in 16 bits; its backward in the deterministic form, as ours is.
+
+    Args:
+        window: tokens before and after its own that a query sees; None: all.
+    """
     from flash_attn import flash_attn_func
 
-    return lambda q, k, v: flash_attn_func(q, k, v, deterministic=True)
+    around = (-1, -1) if window is None else window
+    return lambda q, k, v: flash_attn_func(q, k, v, window_size=around, deterministic=True)
 
 
 def flash_attn_by_segment(lengths: list[int]) -> Attention:
@@ -110,3 +115,15 @@ def liger_norm_modulate() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         return normed * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
     return modulate
+
+
+def liger_norm() -> Callable[[str, Tensor, Tensor], Tensor]:
+    """Liger's RMSNorm ("rms") or LayerNorm ("layer") over the last axis, with a weight."""
+    from liger_kernel.transformers.functional import liger_layer_norm, liger_rms_norm
+
+    def norm(kind, x, weight):
+        if kind == "layer":
+            return liger_layer_norm(x, weight, torch.zeros_like(weight), 1e-6)
+        return liger_rms_norm(x, weight, 1e-6, in_place=False)  # else backward takes its input
+
+    return norm

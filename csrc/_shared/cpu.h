@@ -8,27 +8,44 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <utility>
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define HAS_X86_SETS 1
 #define TARGET_V4 __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")))
 #define TARGET_V3 __attribute__((target("avx2,fma")))
 // `function` of the namespace that suits this machine.
-#define FOR_THIS_CPU(function, ...)                                                        \
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&           \
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"))            \
-    v4::function(__VA_ARGS__);                                                             \
-  else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))                \
-    v3::function(__VA_ARGS__);                                                             \
-  else                                                                                     \
-    any::function(__VA_ARGS__)
+#define FOR_THIS_CPU(function, ...)                              \
+  if (vector_bytes() == 64) v4::function(__VA_ARGS__);           \
+  else if (vector_bytes() == 32) v3::function(__VA_ARGS__);      \
+  else any::function(__VA_ARGS__)
 #else
 #define HAS_X86_SETS 0
 #define FOR_THIS_CPU(function, ...) any::function(__VA_ARGS__)
 #endif
+
+// At most so wide; tests lower it, to run on one machine what others would.
+inline std::atomic<int64_t> most_vector_bytes{64};
+
+// How wide the vectors of FOR_THIS_CPU are here: 64, 32 or 16.
+inline int64_t vector_bytes() {
+#if HAS_X86_SETS
+  static const int64_t here =
+      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")
+          ? 64
+      : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 32
+                                                                        : 16;
+  return std::min(here, most_vector_bytes.load(std::memory_order_relaxed));
+#else
+  return 16;
+#endif
+}
 
 using bf16 = uint16_t;
 

@@ -31,10 +31,25 @@ INLINE Lanes rounded_as(Lanes value, const bf16*) {
   return (Lanes)(__builtin_convertvector(narrowed(value), Bits) << 16);
 }
 
+template <int step, int... lane>
+INLINE Lanes exchanged(Lanes x, std::integer_sequence<int, lane...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(x, x, (lane ^ step)...);
+#else
+  return __builtin_shuffle(x, Bits{(lane ^ step)...});
+#endif
+}
+
+// Each lane's partner `step` lanes away, a power of two.
+template <int step>
+INLINE Lanes exchanged(Lanes x) {
+  return exchanged<step>(x, std::make_integer_sequence<int, kLanes>{});
+}
+
 INLINE float sum_of(Lanes lanes) {
-  float sum[kLanes];
-  store_lanes(lanes, sum);
-  for (int64_t step = kLanes / 2; step > 0; step /= 2)
-    for (int64_t i = 0; i < step; ++i) sum[i] += sum[i + step];
-  return sum[0];
+  if constexpr (kLanes > 8) lanes += exchanged<8>(lanes);
+  if constexpr (kLanes > 4) lanes += exchanged<4>(lanes);
+  lanes += exchanged<2>(lanes);
+  lanes += exchanged<1>(lanes);
+  return lanes[0];
 }

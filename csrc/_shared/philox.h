@@ -7,11 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __CUDACC__
-#define FASTVID_INLINE __host__ __device__ __forceinline__
-#else
-#define FASTVID_INLINE inline
-#endif
+#include "inline.h"
 
 namespace fastvid {
 

@@ -1,5 +1,5 @@
 // Latents (B, C, T, H, W) as planes of H x W numbers that lie together; steps between planes are
-// free. The twin of kernels/_shared/planes.py, for the CPU.
+// free. The twin of kernels/_shared/planes.py, for the CPU and for CUDA.
 
 #pragma once
 
@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <optional>
 
-#include "rows.h"
+#include "inline.h"
 
 namespace fastvid {
 
@@ -38,7 +38,7 @@ struct Planes {
         batch_step(x.stride(0)),
         channel_step(x.stride(1)),
         frame_step(x.stride(2)) {}
-  T* at(Place place) const {
+  FASTVID_INLINE T* at(Place place) const {
     return data + place.b * batch_step + place.c * channel_step + place.t * frame_step;
   }
 };
@@ -55,11 +55,11 @@ struct Known {
     frame_step = known->stride(1);
     per_cell = known->dim() == 4;
   }
-  const bool* at(Place place) const { return data + place.b * batch_step + place.t * frame_step; }
+  FASTVID_INLINE const bool* at(Place place) const { return data + place.b * batch_step + place.t * frame_step; }
   // The cells of a plane where each is its own, else null.
-  const bool* cells(Place place) const { return per_cell ? at(place) : nullptr; }
+  FASTVID_INLINE const bool* cells(Place place) const { return per_cell ? at(place) : nullptr; }
   // Whether the plane is known as a whole.
-  bool frame(Place place) const { return data && !per_cell && *at(place); }
+  FASTVID_INLINE bool frame(Place place) const { return data && !per_cell && *at(place); }
 };
 
 // Planes that one thread takes at a time.

@@ -13,6 +13,7 @@
 
 #include "../_shared/planes.h"
 #include "../_shared/rows.h"
+#include "step.h"
 
 namespace {
 
@@ -38,13 +39,6 @@ class Rows {
   bool is_single_;
 };
 
-// A row of the table, and what it makes of x and prediction where nothing is clipped.
-struct Coefficients {
-  float x0_of_x, x0_of_prediction, of_x0, of_x, of_noise;
-  float direct_x() const { return of_x + of_x0 * x0_of_x; }
-  float direct_prediction() const { return of_x0 * x0_of_prediction; }
-};
-
 // The rows of one piece. Unused branches and noise are null; `out` may be any of the others.
 struct Piece {
   const float *x, *first, *second, *third, *noise;
@@ -53,31 +47,22 @@ struct Piece {
 };
 
 template <int kBranches>
-FOR_EVERY_CPU void guide(const Piece& piece, float first_scale, float second_scale, float* guided) {
+FOR_EVERY_CPU void guide_row(const Piece& piece, float first_scale, float second_scale, float* guided) {
   const float *const first = piece.first, *const second = piece.second, *const third = piece.third;
 #pragma omp simd
   for (int64_t i = 0; i < piece.count; ++i) {
-    float value = first[i] + first_scale * (second[i] - first[i]);
-    if (kBranches > 2) value += second_scale * (third[i] - second[i]);
-    guided[i] = value;
+    const float last = kBranches > 2 ? third[i] : 0;
+    guided[i] = guide<kBranches>(first[i], second[i], last, first_scale, second_scale);
   }
 }
 
 template <bool kClip, bool kNoise>
-FOR_EVERY_CPU void advance(const Piece& piece, const float* predicted, Coefficients c, float clip) {
+FOR_EVERY_CPU void advance_row(const Piece& piece, const float* predicted, Coefficients c, float clip) {
   const float *const x = piece.x, *const noise = piece.noise;
   float* const out = piece.out;
-  const float direct_x = c.direct_x(), direct_prediction = c.direct_prediction();
 #pragma omp simd
   for (int64_t i = 0; i < piece.count; ++i) {
-    float value;
-    if (kClip) {
-      float x0 = c.x0_of_x * x[i] + c.x0_of_prediction * predicted[i];
-      x0 = x0 > clip ? clip : x0 < -clip ? -clip : x0;  // NaN stays NaN
-      value = c.of_x0 * x0 + c.of_x * x[i];
-    } else {
-      value = direct_x * x[i] + direct_prediction * predicted[i];
-    }
+    float value = advance<kClip>(x[i], predicted[i], c, clip);
     if (kNoise) value += c.of_noise * noise[i];
     out[i] = value;
   }
@@ -104,13 +89,13 @@ void guided_step(Tensor x, Tensor prediction, Tensor table, int64_t row, int64_t
                  std::optional<Tensor> clean, std::optional<Tensor> noise,
                  std::optional<Tensor> seeds, int64_t stream, Tensor out) {
   const Sizes size = sizes_of(x);
-  const float* const entry = static_cast<const float*>(table.data_ptr()) + row * table.size(1);
-  const Coefficients c{entry[0], entry[1], entry[2], entry[3], entry[4]};
+  const Coefficients c =
+      coefficients_of(static_cast<const float*>(table.data_ptr()) + row * table.size(1));
   const Known given(known);
   const Rows old(x), model(prediction), normals(noise ? *noise : x);
   const int64_t* const seed = seeds && c.of_noise != 0
                                   ? static_cast<const int64_t*>(seeds->data_ptr()) : nullptr;
-  const bool noisy = c.of_noise != 0 && (seeds || noise), clipped = clip < 1e38;
+  const bool noisy = c.of_noise != 0 && (seeds || noise), clipped = clip < kUnclipped;
   with_type(x, [&](auto type) {
     using X = decltype(type);
     const Planes<const X> given_data(clean ? *clean : x);
@@ -145,11 +130,11 @@ void guided_step(Tensor x, Tensor prediction, Tensor table, int64_t row, int64_t
           } else if (noisy) {
             piece.noise = normals.row(at, from, count, buffers[4]);
           }
-          if (branches == 2) guide<2>(piece, first_scale, second_scale, guided);
-          if (branches == 3) guide<3>(piece, first_scale, second_scale, guided);
+          if (branches == 2) guide_row<2>(piece, first_scale, second_scale, guided);
+          if (branches == 3) guide_row<3>(piece, first_scale, second_scale, guided);
           const float* const predicted = branches == 1 ? piece.first : guided;
-          if (clipped) (noisy ? advance<true, true> : advance<true, false>)(piece, predicted, c, clip);
-          else (noisy ? advance<false, true> : advance<false, false>)(piece, predicted, c, clip);
+          if (clipped) (noisy ? advance_row<true, true> : advance_row<true, false>)(piece, predicted, c, clip);
+          else (noisy ? advance_row<false, true> : advance_row<false, false>)(piece, predicted, c, clip);
           if (piece.out == fresh)
             finish(fresh, given_data.at(at) + from, cells ? cells + from : nullptr, count, to + from);
           from += count;

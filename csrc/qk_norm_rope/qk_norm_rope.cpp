@@ -19,7 +19,8 @@ using Maybe = std::optional<Tensor>;
 
 namespace {
 
-constexpr int64_t kWidest = 256;  // numbers of a head
+constexpr int64_t kWidest = 256;      // numbers of a head
+constexpr int64_t kMostHeads = 512;  // of a token: 8192 numbers, 16 each
 
 enum class Norm { none, rms, layer };
 enum class Pairs { none, neighbours, halves };
@@ -51,7 +52,7 @@ struct Turn {
   std::vector<int64_t> dims;
   float sign = 1;  // -1 turns back
   int32_t partner[kWidest];
-  bool together[kWidest / 8];  // whether the partners of 8 neighbours are neighbours
+  int32_t run[kWidest];  // channels from here on whose partners are neighbours too
 
   Turn(const Sizes& size, const Maybe& cos_table, const Maybe& sin_table, const Maybe& rows,
        std::vector<int64_t> axes, bool interleaved, bool back)
@@ -67,10 +68,8 @@ struct Turn {
       partner[first] = int32_t(second);
       partner[second] = int32_t(first);
     });
-    for (int64_t e = 0; e < size.width; e += 8) {
-      together[e / 8] = true;
-      for (int i = 1; i < 8; ++i) together[e / 8] &= partner[e + i] == partner[e] + i;
-    }
+    for (int64_t e = size.width; e-- > 0;)
+      run[e] = e + 1 < size.width && partner[e + 1] == partner[e] + 1 ? run[e + 1] + 1 : 1;
   }
 
   Pairs kind() const { return !cos ? Pairs::none : step_ == 2 ? Pairs::neighbours : Pairs::halves; }
@@ -199,10 +198,8 @@ class Result {
     width_ = tensor->size(0);
     parts_.reset(new float[chunks * width_]());
   }
-  // Where the sums of a chunk go; for a gradient that nobody asked for, `nowhere`.
-  float* part(int64_t chunk, float* nowhere) const {
-    return data_ ? parts_.get() + chunk * width_ : nowhere;
-  }
+  // Where the sums of a chunk go, if somebody asked for them.
+  float* part(int64_t chunk) const { return data_ ? parts_.get() + chunk * width_ : nullptr; }
   void add() const {
     std::vector<double> sum(width_);  // few numbers, so precision is free
     for (int64_t at = 0; at < chunks_ * width_; ++at) sum[at % width_] += parts_[at];
@@ -233,13 +230,13 @@ void backward(Tensor dq_out, Tensor dk_out, Tensor q, Tensor k, Maybe q_weight, 
     with_pairs(turn.kind(), [&](auto pairs) {
       const int64_t grain = std::max<int64_t>(1, 16384 / (tokens * size.row()));
       torch::stable::parallel_for(0, chunks, grain, [&](int64_t begin, int64_t end) {
-        Scratch memory(4 * kWidest + size.row());
-        float *const nowhere = memory.take(kWidest), *const scratch = memory.take(0);
+        Scratch memory(3 * kWidest + size.row());
+        float* const scratch = memory.take(0);
         Job<T> job = common;
         for (int64_t chunk = begin; chunk < end; ++chunk) {
           for (int i = 0; i < 2; ++i) {
-            job.sides[i].dweight = results[i].part(chunk, nowhere);
-            job.sides[i].dbias = results[2 + i].part(chunk, nowhere);
+            job.sides[i].dweight = results[i].part(chunk);
+            job.sides[i].dbias = results[2 + i].part(chunk);
           }
           const int64_t first = chunk * tokens, last = std::min(first + tokens, size.all());
           FOR_THIS_CPU(backward_tokens<decltype(pairs)::value>, first, last, job, scratch);

@@ -61,7 +61,7 @@ def _parser(
             return text if start else text.replace(", default: %(default)s", "")
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    lines = [f"  {name:16}{(make.__doc__ or '').splitlines()[0]}" for name, make in RECIPES.items()]
+    lines = [f"  {name:22}{(make.__doc__ or '').splitlines()[0]}" for name, make in RECIPES.items()]
     own = "".join(f" [--{name}]" for name in flags)
     parser = ArgumentParser(
         prog=f"fastvid {verb}",

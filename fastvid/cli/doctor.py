@@ -124,6 +124,19 @@ def compiled_part(broken):
     if reason and native.LIBRARY.exists():
         broken.append(reason)
     yield "csrc", reason or f"loaded from {native.LIBRARY}"
+    yield "csrc, CUDA kernels", "loaded" if native.cuda_loaded() else cuda_absence()
+
+
+def cuda_absence() -> str:
+    """Why the compiled part has no CUDA kernels, and what to do about it."""
+    import torch
+
+    from fastvid.kernels._shared import native
+
+    if torch.version.cuda is None:
+        return "none: torch is a CPU build"
+    nvcc = "" if shutil.which("nvcc") else f"needs nvcc of CUDA {torch.version.cuda}; then "
+    return f"not built: {nvcc}{native.BUILD}"
 
 
 def first_line(compiler: str) -> str:

@@ -25,13 +25,21 @@ def main(argv: Sequence[str]) -> int:
     from fastvid.cli._sampling import latent_bound, pick_device, pick_task, progress_bar
     from fastvid.training.build import build_schedule
     from fastvid.training.evaluate import evaluate, format_table, write_json
+    from fastvid.training.families import family_of
     from fastvid.training.runs import load_run
 
+    if argv and argv[0] == "vidim":
+        from fastvid.cli import _vidim
+
+        return _vidim.main(argv[1:])
     options = _parser().parse_args(argv)
     device = pick_device(options.device)
     metrics, fvd = _metrics(options, device)  # first: a missing file should not cost a sampling
     model, config, codec = load_run(options.run)
-    model, codec = model.to(device).fold(), codec.to(device)
+    family, frames = family_of(config), options.frames or config.data.frames
+    model, codec = model.to(device), codec.to(device)
+    model = family.sampling(model, options.task, frames, one_pass=False)
+    sampler_of, spacing = family.sampler_of(model, codec, config)
     clips = _clips(options, config, codec)
     task, given = pick_task(config, options.task, options.given)
 
@@ -51,6 +59,8 @@ def main(argv: Sequence[str]) -> int:
             metrics=metrics,
             fvd=fvd,
             clip=latent_bound(config),
+            sampler_of=sampler_of,
+            spacing=spacing,
             batch=options.batch,
             device=device,
             progress=progress,
@@ -71,7 +81,8 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         epilog="One sample pays up to 3 dB against the mean of what may follow: compare the mean "
         "rows with blending. Frames that are given do not count; FVD leaves them out where 10 or "
-        "more others remain, and says so.",
+        "more others remain, and says so. `fastvid evaluate vidim --help` has VIDIM-Bench, seven "
+        "frames between two.",
     )
     add = parser.add_argument
     add("run", help="run folder of `fastvid train`, or a model folder in one")

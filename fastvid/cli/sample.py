@@ -11,7 +11,7 @@ from torch import Tensor
 from fastvid.diffusion.tasks import TASKS
 
 if TYPE_CHECKING:
-    from fastvid.models.vdt import VDT
+    from fastvid.training.codec import Codec
     from fastvid.training.config import TrainConfig
 
 FPS = 12.0  # of what is made from no video
@@ -30,8 +30,9 @@ class Clip(NamedTuple):
 def main(argv: Sequence[str]) -> int:
     from fastvid.cli._sampling import latent_bound, pick_device, pick_task, progress_bar
     from fastvid.training.build import build_schedule
+    from fastvid.training.families import family_of
     from fastvid.training.runs import load_run
-    from fastvid.training.sample import sample_task, with_frames
+    from fastvid.training.sample import laid_out, sample_task
 
     options = _parser().parse_args(argv)
     _check(options)
@@ -39,12 +40,13 @@ def main(argv: Sequence[str]) -> int:
     device = pick_device(options.device)
     model, codec = model.to(device), codec.to(device)
     frames = options.frames or config.data.frames
-    if options.one_pass and frames > model.config.frames:
-        model = with_frames(model, frames)
-    model.fold()
+    family = family_of(config)
+    model = family.sampling(model, options.task, frames, one_pass=options.one_pass)
+    sampler_of, spacing = family.sampler_of(model, codec, config, guidance=options.guidance)
     task, given = pick_task(config, options.task, options.given)
+    known = _known(options, config, codec, task, given, frames)
 
-    clips = _clips(options, config, model, task, given, frames)
+    clips = _clips(options, config, task, known, frames)
     jobs = [(clip, seed) for clip in clips for seed in _seeds(options)]
     batches = [jobs[i : i + options.batch] for i in range(0, len(jobs), options.batch)]
     out = Path(options.out or Path(options.run) / "samples")
@@ -54,27 +56,37 @@ def main(argv: Sequence[str]) -> int:
             def tick(done: int, total: int, before: int = number) -> None:
                 progress(before * total + done, len(batches) * total)
 
-            video = [clip.video for clip, _ in jobs_together]
-            length = min((v.shape[1] for v in video if v is not None), default=0)
+            places = [seed - options.seed for _, seed in jobs_together]
+            there = known[places]
+            video = [
+                laid_out(task, clip.video[None], there[i : i + 1])[0]
+                for i, (clip, _) in enumerate(jobs_together)
+                if clip.video is not None
+            ]
+            length = min((v.shape[1] for v in video), default=0)
             made = sample_task(
                 model,
                 codec,
                 build_schedule(config.diffusion),
-                torch.stack([v[:, :length] for v in video if v is not None]) if length else None,
+                torch.stack([v[:, :length] for v in video]) if length else None,
                 task=task,
                 seeds=[seed for _, seed in jobs_together],
                 frames=frames,
-                given=given,
+                known=there,
                 overlap=options.overlap,
                 steps=min(options.steps, config.diffusion.steps),
+                spacing=spacing,
                 eta=options.eta,
                 prediction=config.diffusion.prediction,
                 clip=latent_bound(config),
+                sampler_of=sampler_of,
                 progress=tick,
             )
-            for (clip, seed), video_made, known in zip(jobs_together, *made, strict=True):
+            for (clip, seed), video_made, known_made in zip(jobs_together, *made, strict=True):
+                if task == "loop":  # its last frame is its first: repeated, it would stand still
+                    video_made, known_made = video_made[:, :-1], known_made[:-1]
                 name = f"{clip.name}-{options.task}-seed{seed}"
-                _write(out / name, clip, video_made, known, f"{options.task}, seed {seed}")
+                _write(out / name, clip, video_made, known_made, f"{options.task}, seed {seed}")
                 print(out / name)
     print(f"{len(jobs)} clips of {frames} frames: .mp4, .gif and contact sheet .png of each")
     return 0
@@ -96,11 +108,19 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="CLIP",
-        help="video files, folders of frames, or images",
+        help="video files, folders of frames, or images; what holds just as many frames as are "
+        "given holds those",
     )
     add("--start", type=int, default=0, help="first frame of the input to use [0]")
     add("--stride", type=int, help="take every so manyth frame of the input [that of training]")
     add("--given", type=int, metavar="K", help="given frames [those of training, else of the task]")
+    add(
+        "--known",
+        type=int,
+        nargs="+",
+        metavar="FRAME",
+        help="which frames of the clip are given, from 0, in place of the task's own",
+    )
     add("--frames", type=int, metavar="N", help="frames of the clip to make [those of training]")
     long = parser.add_mutually_exclusive_group()
     long.add_argument(
@@ -111,6 +131,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--overlap", type=int, help="frames a window sees of the one before [as many as given]")
     add("--steps", type=int, default=50, help="DDIM steps [50]")
+    add(
+        "--guidance",
+        type=float,
+        metavar="SCALE",
+        help="of a model that plans; 1 is none [2.5 from a single frame, else none]",
+    )
     add(
         "--eta", type=float, default=0.0, help="noise of the DDIM steps: 0 none, 1 as ancestral [0]"
     )
@@ -138,20 +164,35 @@ def _seeds(options: argparse.Namespace) -> range:
     return range(options.seed, options.seed + options.samples)
 
 
-def _clips(
+def _known(
     options: argparse.Namespace,
     config: "TrainConfig",
-    model: "VDT",
+    codec: "Codec",
     task: str,
     given: int | None,
     frames: int,
+) -> Tensor:
+    """What is given of the clip of each seed, bool (seeds, T) or (seeds, T, h, w)."""
+    from fastvid.training.sample import draw_known
+
+    if options.known is None:
+        height, width = (side // codec.factor for side in config.data.size)
+        return draw_known(task, frames, height, width, given=given, seeds=_seeds(options))
+    known = torch.zeros(len(_seeds(options)), frames, dtype=torch.bool)
+    if min(options.known) < 0 or max(options.known) >= frames or len(options.known) >= frames:
+        raise ValueError(
+            f"--known must name frames 0 to {frames - 1} and leave one to make, got {options.known}"
+        )
+    known[:, options.known] = True
+    return known
+
+
+def _clips(
+    options: argparse.Namespace, config: "TrainConfig", task: str, known: Tensor, frames: int
 ) -> list[Clip]:
     """The inputs at the run's size, each as long as the task needs or longer."""
-    from fastvid.training.sample import draw_known, last_given
+    from fastvid.training.sample import needed_frames
 
-    known = draw_known(
-        task, frames, model.config.height, model.config.width, given=given, seeds=_seeds(options)
-    )
     if not options.input:
         return [Clip("sample", None, FPS)]
     stride = options.stride or config.data.stride
@@ -159,7 +200,7 @@ def _clips(
     clips = []
     for number, path in enumerate(map(Path, options.input)):
         video, fps = _read(path, options.start, frames, stride, config)
-        if video.shape[1] < (needed := last_given(known)):
+        if video.shape[1] < (needed := needed_frames(task, known, video.shape[1])):
             raise ValueError(
                 f"{path} is too short: {options.task} needs {needed} frames from frame "
                 f"{options.start} on, one in {stride}, and it has {video.shape[1]}"

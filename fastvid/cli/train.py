@@ -3,6 +3,7 @@
 fastvid train vdt-demo
 fastvid train vdt-demo --config my.yaml --optim.lr 2e-4 --model.dim 192
 fastvid train vdt-demo --resume
+fastvid train mardini-demo --data.train clips --run.folder runs/tiny
 torchrun --nproc-per-node 8 -m fastvid train vdt-sky --run.folder runs/sky
 """
 
@@ -10,11 +11,13 @@ from __future__ import annotations
 
 import logging
 import sys
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
 from fastvid.cli._recipe import parse_recipe
 from fastvid.training.config import TrainConfig
+from fastvid.training.recipes import CHAINS, RECIPES
 
 INTERRUPTED = 75  # EX_TEMPFAIL: nothing is wrong, try again
 
@@ -23,6 +26,11 @@ where it runs:
   run.device auto takes CUDA where there is one, else the CPU. run.precision bf16 computes in
   bfloat16 under autocast and keeps weights, optimiser and average in fp32: right for GPUs since
   Ampere. On a CPU fp32 is the safe choice, and the faster one unless it has bfloat16 instructions.
+
+recipes in a chain:
+  mardini and mardini-demo are all their stages, one after another, each from the weights of the one
+  before. Options hold for every stage, and run.folder is the folder of their folders; a single
+  stage (mardini-joint) is a recipe like any other. --resume goes on where the chain stopped.
 
 stopping and going on:
   SIGTERM, SIGINT (Ctrl-C) or SIGUSR1 end the run at its next step, after saving. --resume goes on,
@@ -36,7 +44,7 @@ exit status:
 
 
 def main(argv: Sequence[str]) -> int:
-    config, resume = parse(argv)
+    runs = parse_chain(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
 
     from fastvid.data.video import VideoError
@@ -47,14 +55,15 @@ def main(argv: Sequence[str]) -> int:
     from fastvid.training.loop import train
 
     try:
-        folder = train(config, resume=resume)
+        for config, resume in runs:
+            folder = train(config, resume=resume)
+            print(f"{folder}: {_made(folder)}")
     except Interrupted as stopped:
         print(f"fastvid train: {stopped}; go on with --resume", file=sys.stderr)
         return INTERRUPTED
     except (CheckpointError, LogError, NonFiniteError, RunBusyError, VideoError) as error:
         print(f"fastvid train: {error}", file=sys.stderr)
         return 1
-    print(f"{folder}: {_made(folder)}")
     return 0
 
 
@@ -68,6 +77,29 @@ def _made(folder: Path) -> str:
         "contact sheets": "samples",
     }
     return ", ".join(f"{what} in {at}" for what, at in places.items() if (folder / at).exists())
+
+
+def parse_chain(argv: Sequence[str]) -> list[tuple[TrainConfig, bool]]:
+    """`parse` of every run that a command line means, in order: one, or those of a chain."""
+    if not argv or argv[0] not in CHAINS:
+        return [parse(argv)]
+    rest, root = _without_folder(list(argv[1:]))
+    runs: list[tuple[TrainConfig, bool]] = []
+    for recipe in CHAINS[argv[0]]:
+        own = []
+        if root:
+            own = ["--run.folder", str(Path(root, Path(RECIPES[recipe]().run.folder).name))]
+            own += ["--run.init", runs[-1][0].run.folder] if runs else []
+        runs.append(parse([recipe, *rest, *own]))
+    return runs
+
+
+def _without_folder(argv: list[str]) -> tuple[list[str], str]:
+    """A command line less its `--run.folder`, and that."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--run.folder", dest="folder", default="")
+    found, rest = parser.parse_known_args(argv)
+    return rest, found.folder
 
 
 def parse(argv: Sequence[str]) -> tuple[TrainConfig, bool]:

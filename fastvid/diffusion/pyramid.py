@@ -308,6 +308,10 @@ def training_column(
     """
     if not 0 <= stage < len(schedule):
         raise ValueError(f"stage must be in [0, {len(schedule)}), got {stage}")
+    H, W = latents.shape[-2:]
+    divisor = 2 ** (len(schedule) - 1)
+    if H % divisor or W % divisor:
+        raise ValueError(f"latents must have H and W divisible by {divisor}, got H={H} W={W}")
     frames = range(latents.shape[2])
     plan: tuple[HistoryClip, ...] = ()
     if units is not None:

@@ -4,7 +4,8 @@ True = given. A task of whole frames is bool (B, T), one inside frames is (B, T,
 leaves something to generate in every sample, comes from `generator` alone, and is made anew for
 each sample; a `batch` of 1 broadcasts.
 
-Source: Lu et al., VDT, arXiv:2305.13311 (the tasks and their numbers); Bao et al., BEiT,
+Sources: Lu et al., VDT, arXiv:2305.13311 (the first seven and their numbers); Liu et al., MarDini,
+arXiv:2410.20280 (the last four, 5 frames to expand, 4 to slow down); Bao et al., BEiT,
 arXiv:2106.08254, algorithm 1 (blockwise cells).
 """
 
@@ -96,6 +97,32 @@ def complete(clips: Clips) -> Tensor:
     return known
 
 
+def middle_frame(clips: Clips) -> Tensor:
+    """The frames in the middle are given: one of them, the later of two."""
+    count = _given(clips, 1)
+    known = torch.zeros(clips.batch, clips.frames, dtype=torch.bool)
+    first = (clips.frames - count + 1) // 2
+    known[:, first : first + count] = True
+    return known
+
+
+def expand(clips: Clips) -> Tensor:
+    """The first frames are given: 5, or fewer of a clip as short."""
+    return predict(clips._replace(given=clips.given or min(5, clips.frames - 1)))
+
+
+def slow_motion(clips: Clips) -> Tensor:
+    """Frames are given evenly from first to last: 4, or all but one of a clip as short."""
+    return interpolate(clips._replace(given=clips.given or min(4, clips.frames - 1)))
+
+
+def loop(clips: Clips) -> Tensor:
+    """The first frame and the last are given, which are to be the same."""
+    if clips.given not in (None, 2):
+        raise ValueError(f"given must be 2 or None for this task, got {clips.given}")
+    return interpolate(clips._replace(given=min(2, clips.frames - 1)))
+
+
 TASKS: dict[str, Task] = {
     "predict": predict,
     "backward": backward,
@@ -104,12 +131,19 @@ TASKS: dict[str, Task] = {
     "image-to-video": image_to_video,
     "arbitrary-interpolation": arbitrary_interpolation,
     "complete": complete,
+    "middle-frame": middle_frame,
+    "expand": expand,
+    "slow-motion": slow_motion,
+    "loop": loop,
 }
 
-OFFICIAL_IDS = tuple(TASKS)  # the place of a name is its number in the official code
+# Those that give nothing, or parts of frames: not for a model that plans from whole ones.
+PARTIAL = frozenset({"unconditional", "complete"})
+
+OFFICIAL_IDS = tuple(TASKS)[:7]  # the place of a name is its number in VDT's official code
 
 # The official training draw: completion one time in five, else one of the six others alike.
-OFFICIAL_MIX = {name: 0.2 if name == "complete" else 0.8 / 6 for name in TASKS}
+OFFICIAL_MIX = {name: 0.2 if name == "complete" else 0.8 / 6 for name in OFFICIAL_IDS}
 
 
 def task_known(

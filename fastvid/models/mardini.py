@@ -68,6 +68,8 @@ class MarDini(HubModel):
 
     config_class = MarDiniConfig
     config: MarDiniConfig
+    # Methods that start a forward pass of their own, for what wraps `forward`.
+    forward_methods = ("plan", "project", "reconstruct", "references")
 
     def __init__(self, config: MarDiniConfig):
         super().__init__()

@@ -6,8 +6,10 @@ the frames before them, which are clean and the coarser the older they are. Fram
 no later frame; all tokens share one timestep. Written from the published description.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from fastvid.models.pyramid_columns import (
     Prefix,
     Size,
     arrange,
+    by_sample,
     check,
     check_prefix,
     clip_sizes,
@@ -33,7 +36,9 @@ from fastvid.modules.checkpoints import read
 from fastvid.modules.embeddings import TimestepEmbedding, sincos_table
 from fastvid.modules.hub import HubModel, expect_types, refuse_misfits
 from fastvid.modules.joint import (
+    KV,
     JointBlock,
+    Scene,
     SingleBlock,
     joined,
     modulated,
@@ -180,6 +185,9 @@ class _PyramidModel(HubModel):
                 history.
         """
         column = Column(latents, timestep, text, text_lengths, pooled, history)
+        if prefix is None:
+            return self._packed([column])[0]
+        check(column, self.config)
         return self._run([column], prefix)[0][0]
 
     def packed(self, columns: Sequence[Column]) -> list[Tensor]:
@@ -192,7 +200,7 @@ class _PyramidModel(HubModel):
         """
         if not columns:
             raise ValueError("columns must hold at least one Column, got none")
-        return self._run(columns)[0]
+        return self._packed(columns)
 
     def extend(
         self,
@@ -215,71 +223,94 @@ class _PyramidModel(HubModel):
         if keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}")
         column = Column(latents, timestep, text, text_lengths, pooled, history)
+        check(column, self.config)
         with torch.no_grad():
             (out,), found = self._run([column], prefix, keep)
         assert found is not None
         return out, found
 
+    def _packed(self, columns: Sequence[Column]) -> list[Tensor]:
+        for index, column in enumerate(columns):
+            check(column, self.config, f"columns[{index}]." if len(columns) > 1 else "")
+        groups = [by_sample(column) for column in columns]
+        outputs, _ = self._run([column for group in groups for column in group])
+        ends = list(accumulate(len(group) for group in groups))
+        parts = [outputs[a:b] for a, b in pairwise([0, *ends])]
+        return [part[0] if len(part) == 1 else torch.cat(part) for part in parts]
+
     def _run(
         self, columns: Sequence[Column], prefix: Prefix | None = None, keep: int = 0
     ) -> tuple[list[Tensor], Prefix | None]:
-        config, dtype = self.config, self.patch.weight.dtype
-        for index, column in enumerate(columns):
-            check(column, config, f"columns[{index}]." if len(columns) > 1 else "")
+        """The velocities of checked columns, and what the first one keeps."""
+        config = self.config
         columns = [trimmed(column) for column in columns]
         sizes = [clip_sizes(column, config.patch) for column in columns]
-        for column, its_sizes in zip(columns, sizes, strict=True):
+        for its_sizes in sizes:
             self._check_reach(its_sizes)
-            check_prefix(column, its_sizes, prefix, keep)
-        scenes, last_scenes = zip(
-            *(
-                arrange(column, its_sizes, config.rotary_dims, prefix, keep)
-                for column, its_sizes in zip(columns, sizes, strict=True)
-            ),
-            strict=True,
-        )
+            check_prefix(columns[0], its_sizes, prefix, keep)
 
         timestep = self.timestep(torch.cat([column.timestep for column in columns]))
-        pooled = self.pooled(torch.cat([column.pooled.to(dtype) for column in columns]))
-        condition = F.silu(timestep + pooled)
-        text: list[Tensor] = []
-        if prefix is None:
-            text = [column.text.to(dtype) for column in columns]
-            text = separated(apply_linear(self.context, joined(text)), text)
-        skipped = 0 if prefix is None else sum(prefix.tokens[1:])
-        video = [_patches(column, config.patch)[:, skipped:].to(dtype) for column in columns]
-        video = separated(apply_linear(self.patch, joined(video)), video)
-        video = [
-            x if (table := self._positions(its_sizes, x)) is None else x + table[skipped:]
-            for x, its_sizes in zip(video, sizes, strict=True)
+        pooled = torch.cat([column.pooled for column in columns]).to(timestep.dtype)
+        condition = F.silu(timestep + self.pooled(pooled))
+        scenes = [
+            arrange(column, its_sizes, config.rotary_dims, prefix, keep)
+            for column, its_sizes in zip(columns, sizes, strict=True)
         ]
-
-        layers = []
-        for index, block in enumerate(self.blocks):
-            here = list(last_scenes if index == len(self.blocks) - 1 else scenes)
-            if prefix is not None:
-                here = [scene._replace(past=prefix.layers[index]) for scene in here]
-            if isinstance(block, SingleBlock) and text:
-                video = [torch.cat(pair, 1) for pair in zip(text, video, strict=True)]
-                text = []
-            streams = (text, video) if isinstance(block, JointBlock) else (video,)
-            if index < self.checkpoint_blocks and torch.is_grad_enabled():
-                found = checkpoint(block, *streams, condition, here, use_reentrant=False)
-            else:
-                found = block(*streams, condition, here)
-            *first, video, kept = found
-            text = first[0] if first else text
-            layers.append(kept[0])
-
+        text, video = self._embed(columns, sizes, prefix)
+        video, layers = self._through_blocks(text, video, condition, scenes, prefix)
         rows = modulation_rows(self.modulation, condition, video)
         packed = apply_linear(self.final, modulated(video, rows))
         outputs = [
             _unpatched(x, its_sizes[-1], config.patch).to(column.latents.dtype)
             for x, its_sizes, column in zip(separated(packed, video), sizes, columns, strict=True)
         ]
-        if not keep:
-            return outputs, None
-        return outputs, new_prefix(layers, columns[0], sizes[0], prefix, keep)
+        return outputs, new_prefix(layers, columns[0], sizes[0], prefix, keep) if keep else None
+
+    def _embed(
+        self, columns: Sequence[Column], sizes: Sequence[Sequence[Size]], prefix: Prefix | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The tokens of text and frames that are not in the prefix."""
+        dtype, skipped = self.patch.weight.dtype, 0
+        text: list[Tensor] = []
+        if prefix is None:
+            text = [column.text.to(dtype) for column in columns]
+            text = separated(apply_linear(self.context, joined(text)), text)
+        else:
+            skipped = sum(prefix.tokens[1:])
+        cells = [_patches(column, self.config.patch)[:, skipped:].to(dtype) for column in columns]
+        video = separated(apply_linear(self.patch, joined(cells)), cells)
+        tables = [self._positions(*pair) for pair in zip(sizes, video, strict=True)]
+        return text, [
+            x if table is None else x + table[skipped:]
+            for x, table in zip(video, tables, strict=True)
+        ]
+
+    def _through_blocks(
+        self,
+        text: list[Tensor],
+        video: list[Tensor],
+        condition: Tensor,
+        scenes: Sequence[tuple[Scene, Scene]],
+        prefix: Prefix | None,
+    ) -> tuple[list[Tensor], list[KV]]:
+        """The noisy units' tokens behind the last block, and what each block keeps."""
+        layers = []
+        for index, block in enumerate(self.blocks):
+            last = index == len(self.blocks) - 1
+            here = [scene[last] for scene in scenes]
+            if prefix is not None:
+                here = [scene._replace(past=prefix.layers[index]) for scene in here]
+            if isinstance(block, SingleBlock) and text:
+                video, text = [torch.cat(pair, 1) for pair in zip(text, video, strict=True)], []
+            run: Callable[..., Any] = block
+            if index < self.checkpoint_blocks and torch.is_grad_enabled():
+                run = partial(checkpoint, block, use_reentrant=False)
+            if isinstance(block, JointBlock):
+                text, video, kept = run(text, video, condition, here)
+            else:
+                video, kept = run(video, condition, here)
+            layers.append(kept[0])
+        return video, layers
 
     @classmethod
     def from_official(
@@ -314,13 +345,17 @@ class _PyramidModel(HubModel):
 
     def to_official_state_dict(self) -> dict[str, Tensor]:
         """The weights under the official names and in the official shapes, as copies."""
-        own = self.state_dict()
-        official_state: dict[str, Tensor] = {}
-        for name, part in self._official_parts().items():
-            official_state |= part.to_official(own[name])
+        found = self.official_names(self.state_dict())
         if (table := self._table()) is not None:
-            official_state |= official.table_of(table)
-        return official_state
+            found |= official.table_of(table)
+        return found
+
+    def official_names(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Values of the parameters, such as gradients, under the official names, as copies."""
+        found: dict[str, Tensor] = {}
+        for name, part in self._official_parts().items():
+            found |= part.to_official(own[name])
+        return found
 
     def _official_parts(self) -> dict[str, official.Parts]:
         shapes = {name: value.shape for name, value in self.state_dict().items()}

@@ -28,6 +28,7 @@ class SpatialAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
+        _check_heads(dim, heads)
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)  # rows ordered q, k, v, then head
         self.proj = nn.Linear(dim, dim)
@@ -48,16 +49,33 @@ class TemporalAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
+        _check_heads(dim, heads)
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.fc: nn.Linear | None = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor | Deferred) -> Tensor:
+    def forward(
+        self,
+        x: Tensor | Deferred,
+        *,
+        known: Tensor | None = None,
+        window: tuple[int, int] | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Who sees whom and what turns is said as to `temporal_attention`.
+
+        Args:
+            known: (B or 1, T) bool, True for frames that see only themselves.
+            window: `(back, forward)`, the frames that a frame sees before and after it.
+            rotary: `(cos, sin)`, each (T or more, E / 2): row t turns q and k in frame t.
+        """
         q, k, v = apply_linear_parts(self.qkv, x, 3)
         B, T, N, D = q.shape
-        out = temporal_attention(*(part.unflatten(-1, (self.heads, -1)) for part in (q, k, v)))
-        out = out.flatten(-2)
+        out = temporal_attention(
+            *(part.unflatten(-1, (self.heads, -1)) for part in (q, k, v)),
+            known=known, window=window, rotary=rotary,
+        ).flatten(-2)  # fmt: skip
         # A compiled graph would be made anew on each side of a bound on the number of tokens.
         many = torch.compiler.is_compiling() or B * T * N >= 2 * D
         if many and self._can_merge():

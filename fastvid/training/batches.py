@@ -9,16 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fastvid.training.codec import Codec
+from fastvid.training.codec import Codec, shrink
 from fastvid.training.config import DataConfig, TrainConfig
 from fastvid.training.distributed import World
 from fastvid.training.draws import generator
-from fastvid.training.families import family_of
 
 log = logging.getLogger(__name__)
 
@@ -56,9 +53,16 @@ def open_sets(
 
 
 def batches(
-    dataset: Dataset, config: TrainConfig, codec: Codec, world: World, sampler_state: dict[str, int]
+    dataset: Dataset,
+    config: TrainConfig,
+    codec: Codec,
+    world: World,
+    sampler_state: dict[str, int],
+    low_size: tuple[int, int] | None = None,
 ) -> Iterator[Batch]:
     """Batches without end, from where `sampler_state` says ({} is the start).
+
+    `low_size` is the height and width in pixels of the clips that `Batch.low` is made of.
 
     The clips of a step, taken over all ranks, are the same for every world size.
     """
@@ -69,7 +73,6 @@ def batches(
     if sampler_state:
         sampler.load_state_dict(sampler_state)
     share = config.optim.batch // world.size
-    small = family_of(config).low_size(config)
     loader = DataLoader(
         dataset,
         batch_size=share,
@@ -85,9 +88,8 @@ def batches(
         numbers = [first + i * world.size for i in range(share)]
         sampler.advance(config.optim.batch)
         given = (items, numbers, codec, world, config.run.seed, "train")
-        yield Batch(
-            to_latents(*given), to_low(*given, small), numbers, items["path"], sampler.state_dict()
-        )
+        latents, low = to_latents(*given), to_low(*given, low_size)
+        yield Batch(latents, low, numbers, items["path"], sampler.state_dict())
 
 
 def to_latents(
@@ -115,13 +117,6 @@ def to_low(
         return None
     video = shrink(items["video"].to(world.device, non_blocking=True), size)
     return codec.encode(video, generators=[generator(seed, kind, "low", n) for n in numbers])
-
-
-def shrink(video: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, 3, T, H, W) at another size, antialiased."""
-    frames = rearrange(video, "b c t h w -> (b t) c h w")
-    frames = F.interpolate(frames, size, mode="bilinear", antialias=True)
-    return rearrange(frames, "(b t) c h w -> b c t h w", b=len(video))
 
 
 def _clips(data: DataConfig, seed: int, fixed: bool) -> tuple[Dataset, Dataset | None]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -155,6 +156,13 @@ def build_codec(config: CodecConfig) -> Codec:
     return DiffusersCodec(
         config.path, config.scale, config.shift, chunk=config.chunk, posterior=config.posterior
     )
+
+
+def shrink(video: Tensor, size: tuple[int, int], mode: str = "bilinear") -> Tensor:
+    """(B, 3, T, H, W) at another size, antialiased."""
+    frames = rearrange(video, "b c t h w -> (b t) c h w")
+    frames = F.interpolate(frames, size, mode=mode, antialias=True)
+    return rearrange(frames, "(b t) c h w -> b c t h w", b=len(video))
 
 
 def _load_autoencoder(path: Path) -> Any:

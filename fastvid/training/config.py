@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from fastvid.data.atomic import whole
-from fastvid.diffusion.tasks import TASKS
+from fastvid.diffusion.tasks import PARTIAL, TASKS
+from fastvid.models.mardini_config import MarDiniConfig
 from fastvid.models.vdt import VDTConfig
 
 T = TypeVar("T")
@@ -264,7 +265,70 @@ class TrainVDT(TrainConfig):
             )
 
 
-FAMILIES: dict[str, type[TrainConfig]] = {"vdt": TrainVDT}
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """What a stage of MarDini's training teaches."""
+
+    trains: Literal["both", "planner", "generator"] = "both"
+    """planner: alone, by rebuilding the unknown frames at its own resolution. generator: alone, the
+    learned token in place of a plan. both: end to end, by the generator's loss."""
+    planner: str = ""
+    """First weights of the planner, where not those of run.init: a run or model folder."""
+
+    def __post_init__(self):
+        _expect_types(self, "stage")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainMarDini(TrainConfig):
+    """A whole run of MarDini: one stage of its training."""
+
+    family: Literal["mardini"] = "mardini"
+    """The kind of model."""
+    model: MarDiniConfig = field(default_factory=MarDiniConfig)
+    stage: StageConfig = field(default_factory=StageConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.data.kind == "latents":
+            raise ValueError(
+                "data.kind must be clips or frames for mardini, got 'latents': the planner needs "
+                "the same clips made smaller, which `fastvid encode` does not keep"
+            )
+        if self.data.frames < 2:
+            raise ValueError(f"data.frames must be at least 2, got {self.data.frames}")
+        if self.diffusion.prediction != "v":
+            raise ValueError(
+                f"diffusion.prediction must be 'v' for mardini, got {self.diffusion.prediction!r}"
+            )
+        drawn = {name for name, weight in self.diffusion.tasks.items() if weight > 0}
+        if refused := sorted(drawn & PARTIAL):
+            raise ValueError(
+                f"diffusion.tasks must give whole frames, at least one, for mardini, got {refused}"
+            )
+        if not self.diffusion.ref_ratio[1] and "arbitrary-interpolation" in drawn:
+            raise ValueError(
+                "diffusion.ref_ratio must be given for mardini: without it "
+                "'arbitrary-interpolation' may give no frame at all"
+            )
+
+    def check_latents(self, channels: int, factor: int) -> None:
+        model, sides = self.model, tuple(side / factor for side in self.data.size)
+        if channels != model.channels:
+            raise ValueError(f"model.channels must be the codec's {channels}, got {model.channels}")
+        patch = model.generator.patch
+        if any(side % patch for side in sides):
+            raise ValueError(
+                f"data.size must be whole tokens of {factor * patch} pixels, got {self.data.size}"
+            )
+        if model.planner.side > max(sides):
+            raise ValueError(
+                f"model.planner.side must be at most the {max(sides):g} cells of data.size, "
+                f"got {model.planner.side}"
+            )
+
+
+FAMILIES: dict[str, type[TrainConfig]] = {"vdt": TrainVDT, "mardini": TrainMarDini}
 
 
 def write_config(config: TrainConfig, path: Path) -> None:

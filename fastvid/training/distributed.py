@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 
@@ -79,6 +79,8 @@ def shard(model: nn.Module, world: World) -> nn.Module:
         for block in model.blocks:  # type: ignore[union-attr]
             fully_shard(block, mesh=world.mesh)
         fully_shard(model, mesh=world.mesh)
+        for method in getattr(model, "forward_methods", ()):
+            register_fsdp_forward_method(model, method)
     return model
 
 

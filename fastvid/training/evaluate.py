@@ -16,15 +16,22 @@ import torch
 from torch import Tensor
 
 from fastvid.diffusion.process import Prediction
-from fastvid.diffusion.sampling import Model, one_step_x0, sample_ddim
-from fastvid.diffusion.schedule import Schedule, respace
+from fastvid.diffusion.sampling import Model
+from fastvid.diffusion.schedule import Schedule, Spacing, respace
 from fastvid.diffusion.tasks import task_known
 from fastvid.metrics import FVD, copy_nearest, linear_blend, psnr, ssim
 from fastvid.metrics.baselines import expand_known
 from fastvid.metrics.frechet import MIN_FRAMES
 from fastvid.training.codec import Codec
 from fastvid.training.draws import generator
-from fastvid.training.sample import fill_windows, plan_windows
+from fastvid.training.sample import (
+    Sampler,
+    SamplerOf,
+    ddim_sampler,
+    fill_windows,
+    plan_windows,
+    ticker,
+)
 
 Metric = Callable[[Tensor, Tensor], Tensor]  # (B, 3, T, H, W) pair in [0, 1] -> (B, T)
 
@@ -68,6 +75,8 @@ def evaluate(
     metrics: Mapping[str, Metric] | None = None,
     fvd: FVD | None = None,
     clip: float | None = None,
+    sampler_of: SamplerOf | None = None,
+    spacing: Spacing = "linspace",
     batch: int = 8,
     device: str | torch.device = "cpu",
     progress: Callable[[int, int], None] | None = None,
@@ -92,6 +101,8 @@ def evaluate(
             None: T.
         steps: as in `respace`; None takes 50, or the whole of a shorter chain.
         clip: bound of |x0| while sampling, in latents.
+        sampler_of: as in `sample_task`; None is DDIM.
+        spacing: of the steps, as in `respace`.
         samples: per clip; 1 leaves `sample_mean` out.
         metrics: name -> function of (video, target) in [0, 1] that returns (B, T); None takes
             PSNR and SSIM.
@@ -110,7 +121,9 @@ def evaluate(
     paired = task != "unconditional"
     samples = samples if paired else 1
     metrics = ({"psnr": psnr, "ssim": ssim} if metrics is None else metrics) if paired else {}
-    chain = respace(schedule, min(MAX_STEPS, len(schedule)) if steps is None else steps)
+    chain = respace(
+        schedule, min(MAX_STEPS, len(schedule)) if steps is None else steps, spacing=spacing
+    )
 
     first = _video(clips[0])[None].to(device)
     cells = (first.shape[2], *(side // codec.factor for side in first.shape[3:]))
@@ -123,7 +136,7 @@ def evaluate(
     _try(metrics, fvd, to_unit(first), judged[:1])
 
     groups = range(0, len(clips), batch)
-    tick = _ticker(progress, len(groups) * samples * len(chain) * len(starts))
+    tick = ticker(progress, len(groups) * samples * len(chain) * len(starts))
     scores: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
     features: dict[str, list[Tensor]] = defaultdict(list)
     for group in groups:
@@ -136,19 +149,20 @@ def evaluate(
         latents = codec.encode(video, generators=[generator(seed, "codec", i) for i in places])
         known = every[places].to(device)
 
-        settings: dict[str, Any] = {"prediction": prediction, "clip": clip, "progress": tick}
-        noises = (_noise(latents, seed, places, sample) for sample in range(samples))
-        draws = (
-            to_unit(codec.decode(_fill(model, x, chain, latents, known, starts, window, settings)))
-            for x in noises
+        sampler = (
+            sampler_of(video, every[places]) if sampler_of else ddim_sampler(model, prediction)
         )
+        drawn = [generator(seed, "steps", place) for place in places]
+        settings: dict[str, Any] = {"clip": clip, "progress": tick, "generator": drawn}
+        noises = (_noise(latents, seed, places, sample) for sample in range(samples))
+        made = (_fill(sampler, x, chain, latents, known, starts, window, settings) for x in noises)
+        draws = (to_unit(codec.decode(each)) for each in made)
         rows = {"sample": next(draws)}
         if paired:
             if prediction != "eps" and len(starts) == 1:
                 x = _noise(latents, seed, places, 0)
-                mean = one_step_x0(
-                    model, x, schedule, known=known, clean=latents, prediction=prediction
-                )
+                last = respace(schedule, 1)
+                mean = sampler(x, last, known=known, clean=latents, generator=drawn)
                 rows["one_step_mean"] = to_unit(codec.decode(mean))
             if samples > 1:
                 rows["sample_mean"] = sum(draws, rows["sample"]) / samples
@@ -266,7 +280,7 @@ def _frames(video: Tensor, chosen: Tensor) -> Tensor:
 
 
 def _fill(
-    model: Model,
+    sampler: Sampler,
     noise: Tensor,
     chain: Schedule,
     latents: Tensor,
@@ -279,7 +293,7 @@ def _fill(
 
     def make(clean: Tensor, done: Tensor, start: int) -> Tensor:
         x = noise[:, :, start : start + window]
-        return sample_ddim(model, x, chain, known=done, clean=clean, **settings)
+        return sampler(x, chain, known=done, clean=clean, start=start, **settings)
 
     return fill_windows(make, latents, known, starts, window)
 
@@ -316,16 +330,3 @@ def _video(clip: Any) -> Tensor:
 def _definition(metric: Metric) -> str:
     stated = getattr(metric, "definition", None)
     return stated or (inspect.getdoc(metric) or "").partition("\n")[0]
-
-
-def _ticker(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int, int], None]:
-    """Turn "steps of this sampling" into "model calls of the whole evaluation"."""
-    done = 0
-
-    def tick(_step: int, _steps: int) -> None:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress(done, total)
-
-    return tick

@@ -50,7 +50,8 @@ def train(config: TrainConfig, *, resume: bool = False, stop_at: int = 0) -> Pat
 
 def _loop(run: Run, state: TrainState, stop: StopRequest, stop_at: int) -> None:
     optim, settings = run.config.optim, run.config.run
-    feed = batches(run.train, run.config, run.codec, state.world, state.sampler)
+    low_size = run.family.low_size(state.model, run.config.data.size, run.codec.factor)
+    feed = batches(run.train, run.config, run.codec, state.world, state.sampler, low_size)
     while state.step < settings.steps:
         batch = next(feed)
         loss = _backward(run, state, batch)

@@ -32,7 +32,9 @@ def save_preview(
     frames, one task after another. Every rank computes it (FSDP waits for all), rank 0 writes."""
     count = min(max(_CLIPS, sum(w > 0 for w in config.diffusion.tasks.values())), len(dataset))  # type: ignore[arg-type]
     short = respace(schedule, min(_STEPS, len(schedule)), spacing="trailing")
-    fixed = fixed_clips(dataset, list(range(count)), count, codec, len(schedule), config, world)
+    fixed = fixed_clips(
+        model, dataset, list(range(count)), count, codec, len(schedule), config, world
+    )
     draws = fixed.draws
     with world.autocast(config.run.precision):
         made, truth = family_of(config).sample(model, *fixed, short, config)

@@ -19,6 +19,7 @@ from fastvid.training.config import (
     TrainConfig,
     TrainVDT,
 )
+from fastvid.training.recipes_mardini import MARDINI, MARDINI_DEMO
 
 
 def vdt_demo() -> TrainConfig:
@@ -138,4 +139,9 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "vdt-demo": vdt_demo,
     "vdt-cityscapes": vdt_cityscapes,
     "vdt-sky": vdt_sky,
+    **MARDINI,
+    **MARDINI_DEMO,
 }
+
+# Runs that follow each other, each from the weights of the one before: `fastvid train NAME`.
+CHAINS = {"mardini": tuple(MARDINI), "mardini-demo": tuple(MARDINI_DEMO)}

@@ -126,7 +126,8 @@ def _lasting(config: TrainConfig) -> dict[str, Any]:
     """What no resume may change: the model, and which clips and draws every step takes."""
     values = {
         f"{part}.{name}": value
-        for part in ("model", "data", "codec", "diffusion")
+        for part in ("model", "data", "codec", "diffusion", "stage")
+        if hasattr(config, part)
         for name, value in vars(getattr(config, part)).items()
         if (part, name) not in {("data", "workers"), ("data", "cache")}  # speed alone
     }

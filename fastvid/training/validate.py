@@ -39,7 +39,7 @@ def validate(
         # Every rank runs the model equally often (FSDP waits for all): the last clip fills up.
         mine = range(first + world.rank, first + share * world.size, world.size)
         numbers = [min(number, count - 1) for number in mine]
-        fixed = fixed_clips(dataset, numbers, count, codec, len(schedule), config, world)
+        fixed = fixed_clips(model, dataset, numbers, count, codec, len(schedule), config, world)
         with world.autocast(config.run.precision):
             losses = family.losses(model, *fixed, schedule, config)
             mean, truth = family.posterior_mean(model, *fixed, schedule, config)
@@ -68,6 +68,7 @@ class FixedClips(NamedTuple):
 
 
 def fixed_clips(
+    model: nn.Module,
     dataset: Dataset,
     numbers: list[int],
     count: int,
@@ -80,7 +81,8 @@ def fixed_clips(
     size = len(dataset)  # type: ignore[arg-type]
     items = default_collate([dataset[number * size // count] for number in numbers])
     given = (items, numbers, codec, world, config.run.seed, "validation")
-    clean, low = to_latents(*given), to_low(*given, family_of(config).low_size(config))
+    low_size = family_of(config).low_size(model, config.data.size, codec.factor)
+    clean, low = to_latents(*given), to_low(*given, low_size)
     draws = draw_validation(
         numbers,
         count,

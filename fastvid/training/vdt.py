@@ -9,16 +9,18 @@ from torch import Tensor, nn
 
 from fastvid.diffusion.losses import diffusion_loss
 from fastvid.diffusion.sampling import one_step_x0, sample_ddim
-from fastvid.diffusion.schedule import Schedule
+from fastvid.diffusion.schedule import Schedule, Spacing
 from fastvid.models.vdt import VDT
 from fastvid.training.build import model_folder
-from fastvid.training.config import TrainConfig
+from fastvid.training.codec import Codec
+from fastvid.training.config import TrainVDT
 from fastvid.training.draws import Draws
+from fastvid.training.sample import with_frames
 
 MODEL = VDT
 
 
-def build_model(config: TrainConfig) -> VDT:
+def build_model(config: TrainVDT) -> VDT:
     """A model with fresh weights, or with those of `run.init`.
 
     `run.init` is a run folder, a folder of `save_pretrained`, or an official checkpoint file. An
@@ -48,7 +50,7 @@ def build_model(config: TrainConfig) -> VDT:
     return model
 
 
-def low_size(config: TrainConfig) -> None:
+def low_size(model: VDT, size: tuple[int, int], factor: int) -> None:
     return None
 
 
@@ -58,7 +60,7 @@ def losses(
     low: Tensor | None,
     draws: Draws,
     schedule: Schedule,
-    config: TrainConfig,
+    config: TrainVDT,
 ) -> Tensor:
     return diffusion_loss(
         model,
@@ -79,7 +81,7 @@ def posterior_mean(
     low: Tensor | None,
     draws: Draws,
     schedule: Schedule,
-    config: TrainConfig,
+    config: TrainVDT,
 ) -> tuple[Tensor, Tensor]:
     mean = one_step_x0(
         model,
@@ -98,7 +100,7 @@ def sample(
     low: Tensor | None,
     draws: Draws,
     schedule: Schedule,
-    config: TrainConfig,
+    config: TrainVDT,
 ) -> tuple[Tensor, Tensor]:
     made = sample_ddim(
         model,
@@ -109,3 +111,16 @@ def sample(
         prediction=config.diffusion.prediction,
     )
     return made, clean
+
+
+def sampling(model: VDT, task: str, frames: int, *, one_pass: bool) -> VDT:
+    longer = one_pass and frames > model.config.frames
+    return (with_frames(model, frames) if longer else model).fold()
+
+
+def sampler_of(
+    model: VDT, codec: Codec, config: TrainVDT, *, guidance: float | None = None
+) -> tuple[None, Spacing]:
+    if guidance is not None:
+        raise ValueError(f"guidance must be left out for vdt, which has none, got {guidance}")
+    return None, "linspace"

@@ -24,19 +24,19 @@ def expect_shape(
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
-    found = dict(sizes or {})
+    found = dict(sizes) if sizes else {}
     words = layout.split()
     agrees = len(words) == tensor.dim()
     if agrees:
         for word, size in zip(words, tensor.shape, strict=True):
-            letter = word.removesuffix("|1")
-            if letter.isdecimal():
-                wanted = int(letter)
-            elif letter != word and size == 1:
-                wanted = found.get(letter, 1)
-                size = wanted
+            if word in found:
+                wanted = found[word]
+            elif word.isalpha():
+                wanted = found[word] = size
+            elif word.isdecimal():
+                wanted = int(word)
             else:
-                wanted = found.setdefault(letter, size)
+                wanted = 1 if size == 1 else found.setdefault(word.removesuffix("|1"), size)
             agrees = agrees and size == wanted
     if not agrees:
         settled = "".join(f" {k}={v}" for k, v in (sizes or {}).items() if k in layout)

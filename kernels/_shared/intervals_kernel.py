@@ -139,8 +139,9 @@ def _intervals(
     F, G, table_b, table_f, table_g, query_b, key_b, alone_b, lengths_b, has_alone, has_lengths,
     BLOCK_OWN: tl.constexpr, BLOCK_OTHER: tl.constexpr,
 ):  # fmt: skip
-    entry = tl.program_id(0)
-    b = tl.program_id(1).to(tl.int64)
+    entries = F + G + 2  # of a sample; all lie on the one axis of a grid that may pass 65535
+    entry = tl.program_id(0) % entries
+    b = (tl.program_id(0) // entries).to(tl.int64)
     table_ptr += b * table_b
     query_ptr += b * query_b
     key_ptr += b * key_b
@@ -180,7 +181,7 @@ def launch(
     table_b, query_b, key_b, alone_b, lengths_b = (
         t.stride(0) if t.shape[0] > 1 else 0 for t in inputs
     )
-    _intervals[(F + G + 2, common_batch(*given))](
+    _intervals[((F + G + 2) * common_batch(*given),)](
         *inputs, *tables, F, G, table_b, *table.stride()[1:], query_b, key_b, alone_b, lengths_b,
         int(self_only is not None), int(key_lengths is not None), **BLOCKS, num_warps=4,
     )  # fmt: skip

@@ -27,3 +27,9 @@ def failure() -> str | None:
 def loaded() -> bool:
     """True if the ops of `csrc/` are there to be called as `torch.ops.fastvid_cpp.<name>`."""
     return failure() is None
+
+
+@functools.cache
+def cuda_loaded() -> bool:
+    """True if it holds the CUDA kernels too, as `torch.ops.fastvid_cuda.<name>`."""
+    return failure() is None and hasattr(torch.ops.fastvid_cuda, "guided_step")

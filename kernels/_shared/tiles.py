@@ -37,6 +37,20 @@ def store_tile(
     tl.store(ptr + at, value.to(ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def online_softmax(scores, seen, scale, top, total):
+    """One block of scores [queries, keys] more, with at least one key that is `seen`.
+
+    `top` and `total` [queries] are the highest score so far, of base 2, and the sum of weights.
+    Returns the weights of the block, what the sums so far shrink by, and `top` and `total` anew.
+    """
+    scores = tl.where(seen[None, :], scores * (scale * LOG2E), -float("inf"))
+    new_top = tl.maximum(top, tl.max(scores, axis=1))  # finite: every block has a seen key
+    weights = tl.exp2(scores - new_top[:, None])
+    shrink = tl.exp2(top - new_top)
+    return weights, shrink, new_top, total * shrink + tl.sum(weights, axis=1)
+
+
 def split(E: int) -> tuple[int, int]:
     """The powers of two that cover a head width: 64 is (64, 0), 72 is (64, 16), 96 is (64, 32)."""
     first = 1 << (E.bit_length() - 1)

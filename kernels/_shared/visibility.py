@@ -8,6 +8,7 @@ are data: no kernel is compiled anew because of them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -132,6 +133,10 @@ class Visibility:
             raise ValueError(f"table and layouts must have one batch size, or 1, got {sizes}")
         self.rows, self.row_spans, self.columns, self.column_spans = intervals.build(*tables)
         self.sees_all = False  # True is a fact that the host knows; False may be ignorance
+        self._told: Callable[[], Visibility] | None = None
+        self._twin: Visibility | None = None
+        if _host_has((queries, self.keys), table, self_only, key_lengths):
+            self._tell(table, self_only, key_lengths)
 
     @property
     def batch(self) -> int:
@@ -174,14 +179,22 @@ class Visibility:
                 frame ("self_frame").
         Source: Liu et al., arXiv:2410.20280, section 3.
         """
-        given = _boolean("known", known, (layout.frames,), layout.device)
-        every = torch.ones(layout.frames, layout.frames, dtype=torch.bool, device=layout.device)
-        if rows == "self_token":
-            return cls(every, layout, self_only=given)
-        if rows == "self_frame":
-            own = torch.eye(layout.frames, dtype=torch.bool, device=layout.device)
-            return cls(torch.where(given[:, :, None], own, every), layout)
-        raise ValueError(f'rows must be "self_token" or "self_frame", got {rows!r}')
+        if rows not in ("self_token", "self_frame"):
+            raise ValueError(f'rows must be "self_token" or "self_frame", got {rows!r}')
+
+        def tables(device: torch.device) -> tuple[Tensor, Tensor | None]:
+            given = _boolean("known", known, (layout.frames,), device)
+            every = torch.ones(layout.frames, layout.frames, dtype=torch.bool, device=device)
+            if rows == "self_token":
+                return every, given
+            own = torch.eye(layout.frames, dtype=torch.bool, device=device)
+            return torch.where(given[:, :, None], own, every), None
+
+        table, alone = tables(layout.device)
+        made = cls(table, layout, self_only=alone)
+        if _host_has((layout,), known):
+            made._tell(*tables(torch.device("cpu")))
+        return made
 
     @classmethod
     def segments(cls, layout: FrameLayout, ids: Tensor | Sequence) -> Visibility:
@@ -216,9 +229,27 @@ class Visibility:
         rule: Callable[[Tensor, Tensor], Tensor],
         keys: FrameLayout | None = None,
     ) -> Visibility:
-        query = torch.arange(layout.frames, device=layout.device)[:, None]
-        key = torch.arange((keys or layout).frames, device=layout.device)[None, :]
-        return cls(rule(query, key), layout, keys)
+        def table(device: torch.device) -> Tensor:
+            query = torch.arange(layout.frames, device=device)[:, None]
+            key = torch.arange((keys or layout).frames, device=device)[None, :]
+            return rule(query, key)
+
+        made = cls(table(layout.device), layout, keys)
+        if _host_has((layout, keys or layout)):
+            made._tell(table(torch.device("cpu")))
+        return made
+
+    def _tell(
+        self,
+        table: Tensor | Sequence,
+        self_only: Tensor | Sequence | None = None,
+        key_lengths: Tensor | Sequence | None = None,
+    ) -> None:
+        """Let `on_host` know what the tables are made of."""
+        keys = None if self.keys is self.queries else self.keys.host
+        table = torch.as_tensor(table).clone()
+        more = (t if t is None else torch.as_tensor(t).clone() for t in (self_only, key_lengths))
+        self._told = functools.partial(_from_host, self.queries.host or (), keys, table, *more)
 
     def __and__(self, other: Visibility) -> Visibility:
         self._expect_same_layouts(other)
@@ -284,11 +315,23 @@ class Visibility:
             seen = seen + self.self_only.double()
         return float((seen * query).expand(self.batch, -1).sum() / pairs.clamp(min=1))
 
+    def on_host(self) -> Visibility | None:
+        """The same visibility on the CPU, made once; None where only the device knows it.
+
+        The host knows what was built there, and `full`, `causal`, `window` and `identity` of
+        layouts and known frames that were lists or CPU tensors. Nothing is read back.
+        """
+        if self.rows.device.type == "cpu":
+            return self
+        if self._twin is None and self._told is not None:
+            self._twin = self._told()
+        return self._twin
+
     def to(self, device: torch.device | str) -> Visibility:
         """The same visibility with its tables on `device`."""
         moved = pytree.tree_map_only(Tensor, lambda table: table.to(device), self)
         moved.queries.host, moved.keys.host = self.queries.host, self.keys.host
-        moved.sees_all = self.sees_all
+        moved.sees_all, moved._twin = self.sees_all, self.on_host()
         return moved
 
     def __repr__(self) -> str:
@@ -307,6 +350,17 @@ class Visibility:
         return "\n".join([f"Visibility: {size}, {self.visible_share():.1%} visible{more}", *lines])
 
 
+def _from_host(
+    queries: Sequence[Sequence[int]],
+    keys: Sequence[Sequence[int]] | None,
+    table: Tensor,
+    self_only: Tensor | None,
+    key_lengths: Tensor | None,
+) -> Visibility:
+    layouts = FrameLayout(queries), None if keys is None else FrameLayout(keys)
+    return Visibility(table, *layouts, self_only, key_lengths)
+
+
 def _tensor_of(lengths: Sequence) -> Tensor:
     try:
         return torch.tensor(lengths) if len(lengths) else torch.empty(0, dtype=torch.int64)
@@ -317,6 +371,14 @@ def _tensor_of(lengths: Sequence) -> Tensor:
 def _check_whole(name: str, table: Tensor) -> None:
     if table.dtype not in (torch.int32, torch.int64) and table.numel():  # [] is float32
         raise TypeError(f"{name} must be whole numbers, int32 or int64, got {table.dtype}")
+
+
+def _host_has(layouts: Sequence[FrameLayout], *values: Tensor | Sequence | None) -> bool:
+    """Whether the host has what a Visibility on another device is made of; never in a graph."""
+    if torch.compiler.is_compiling() or layouts[0].device.type == "cpu":
+        return False
+    known = all(layout.host is not None for layout in layouts)
+    return known and not any(isinstance(v, Tensor) and v.device.type != "cpu" for v in values)
 
 
 def _sized(name: str, table: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -364,6 +426,7 @@ def _unflatten_visibility(parts: Any, _: None) -> Visibility:
     visibility.queries, keys, *tables = parts
     visibility.keys = visibility.queries if keys is None else keys
     visibility.sees_all = False
+    visibility._told = visibility._twin = None
     for name, table in zip(_TABLES, tables, strict=True):
         setattr(visibility, name, table)
     return visibility

@@ -18,7 +18,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._shared.tiles import LN2, LOG2E, load_tile, precision, split, store_tile
+from .._shared.tiles import (
+    LN2,
+    LOG2E,
+    load_tile,
+    online_softmax,
+    precision,
+    split,
+    store_tile,
+)  # fmt: skip
 from .._shared.variants import Variant
 from .._shared.views import bytes_of, merges, rows_together, steps_of
 
@@ -41,7 +49,7 @@ FORWARD = {
         128: Blocks(128, 32, 8, 3),
         256: Blocks(64, 32, 8, 2),
     },
-    32: {64: Blocks(32, 32, 4, 2), 128: Blocks(32, 32, 8, 2), 256: Blocks(16, 16, 8, 2)},
+    32: {64: Blocks(64, 32, 8, 2), 128: Blocks(32, 32, 8, 2), 256: Blocks(16, 16, 8, 2)},
 }
 BACKWARD_Q = {
     16: {
@@ -127,18 +135,13 @@ def _forward(
             if E2 > 0:
                 k2 = load_tile(k_frame, m, seen, k_m, E1, E2, E)
                 scores = tl.dot(q2, k2.T, scores, input_precision=PRECISION)
-            scores = tl.where(seen[None, :], scores * (scale * LOG2E), -float("inf"))
-            new_top = tl.maximum(top, tl.max(scores, axis=1))  # finite: every block has a key
-            weights = tl.exp2(scores - new_top[:, None])
-            shrink = tl.exp2(top - new_top)
-            total = total * shrink + tl.sum(weights, axis=1)
+            weights, shrink, top, total = online_softmax(scores, seen, scale, top, total)
             v1 = load_tile(v_frame, m, seen, v_m, 0, E1, E)
             weights = weights.to(v1.dtype)
             acc1 = tl.dot(weights, v1, acc1 * shrink[:, None], input_precision=PRECISION)
             if E2 > 0:
                 v2 = load_tile(v_frame, m, seen, v_m, E1, E2, E)
                 acc2 = tl.dot(weights, v2, acc2 * shrink[:, None], input_precision=PRECISION)
-            top = new_top
 
     share = tl.where(total == 0.0, 0.0, 1.0 / total)  # 0 where known
     out_ptr += ((b * T + t) * N * heads + h) * E

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from .._shared import native, philox
-from .._shared.planes import known_cells, planes
+from .._shared import philox
+from .._shared.planes import known_cells
+from .compiled import call_step
 
 
 def guided_step(
@@ -48,32 +49,20 @@ def guided_step(
     out.copy_(following)
 
 
-def compiled_serves(*tensors: Tensor | None) -> bool:
-    """Whether the C++ kernel knows the dtypes."""
-    return native.loaded() and all(
-        t is None or t.dtype in (torch.float32, torch.bfloat16) for t in tensors
-    )
-
-
 def compiled_step(
     x, prediction, table, step, scales, clip, known, clean, noise, seeds, stream, out
 ) -> None:
     """The C++ kernel; `out` may be any of the others."""
     row = _row(table, step)
-    if out.numel() == 0:
-        return
-    first, second = (*scales, 0.0, 0.0)[:2]
-    cells = known if known is None or known.dim() == 2 else planes(known)
-    clean, noise = (None if t is None else planes(t) for t in (clean, noise))
-    torch.ops.fastvid_cpp.guided_step(
-        planes(x), planes(prediction), table, row, len(scales) + 1, first, second,
-        torch.inf if clip is None else clip, cells, clean, noise, seeds,
-        stream + row & 2**32 - 1, out,
+    call_step(
+        torch.ops.fastvid_cpp.guided_step, x, prediction, table, row, scales, clip, known, clean,
+        noise, seeds, stream + row & 2**32 - 1, out,
     )  # fmt: skip
 
 
 def _row(table: Tensor, step: Tensor) -> int:
     row = int(step)
-    if not 0 <= row < len(table):
-        raise ValueError(f"step must be in [0, {len(table)}), a row of table, got {row}")
+    rows = table.shape[0]  # len() of a tensor takes ten times as long
+    if not 0 <= row < rows:
+        raise ValueError(f"step must be in [0, {rows}), a row of table, got {row}")
     return row

@@ -6,8 +6,8 @@ from torch import Tensor
 from .._shared import philox
 from .._shared.checks import expect_device, expect_float, expect_shape
 from .._shared.paths import announce
-from .._shared.planes import expect_known
-from . import cpu
+from .._shared.planes import expect_known, like
+from . import compiled, cpu
 from .reference import COLUMNS
 
 # `scales` has one number less than there are branches. At most one of noise and `seeds` (B,).
@@ -19,18 +19,23 @@ torch.library.define("fastvid::guided_step", f"({_ARGUMENTS}) -> Tensor")
 torch.library.define("fastvid::guided_step_into", f"({_ARGUMENTS}, Tensor(a!) out) -> ()")
 
 
-def _on_gpu(x, *rest):
+def _on_gpu(x, prediction, table, step, scales, clip, known, clean, noise, *rest):
+    arguments = (x, prediction, table, step, scales, clip, known, clean, noise, *rest)
+    if compiled.cuda_serves(x, noise):
+        announce("guided_step", "CUDA")
+        compiled.call_step(torch.ops.fastvid_cuda.guided_step, *arguments)
+        return
     from .kernel import launch_guided_step  # Triton loads at the first launch
 
     announce("guided_step", "Triton")
     with torch.cuda.device_of(x):
-        launch_guided_step(x, *rest)
+        launch_guided_step(*arguments)
 
 
 def _on_cpu(x, prediction, table, step, scales, clip, known, clean, noise, *rest):
-    compiled = cpu.compiled_serves(x, prediction, clean, noise)
-    announce("guided_step", "C++" if compiled else "PyTorch")
-    advance = cpu.compiled_step if compiled else cpu.guided_step
+    fast = compiled.cpu_serves(x, prediction, clean, noise)
+    announce("guided_step", "C++" if fast else "PyTorch")
+    advance = cpu.compiled_step if fast else cpu.guided_step
     advance(x, prediction, table, step, scales, clip, known, clean, noise, *rest)
 
 
@@ -47,7 +52,7 @@ def _(x, *rest):
 
 @torch.library.impl("fastvid::guided_step", "CPU")
 def _(x, *rest):
-    out = x.new_empty(x.shape)
+    out = like(x)
     _on_cpu(x, *rest, out)
     return out
 
@@ -95,7 +100,8 @@ def guided_step(
         prediction: (G * B, C, T, H, W) of the model, any float dtype, G whole batches: without
             guidance 1; with two branches (unconditional, conditional); with three (unconditional,
             image only, image and text).
-        table: (steps, 5) float32, from `fastvid.diffusion.tables`; row 0 is the first step taken.
+        table: (steps, 5) float32, or float64 beside such an `x`, from `fastvid.diffusion.tables`;
+            row 0 is the first step taken.
         step: int64 of one element, the row. Advance it by yourself, `step += 1`. Outside the table
             a GPU takes the nearest row, since it does not wait to see.
         guidance: None; `(scale,)`: u + scale * (c - u); or `(scale_text, scale_image)`:
@@ -118,11 +124,13 @@ def guided_step(
     """
     sizes = expect_shape("x", x, "B C T H W")
     expect_float("x", x)
-    _expect_like("prediction", prediction, x, _branches(guidance))
+    _expect_like("prediction", prediction, x, sizes, _branches(guidance))
     expect_shape("table", table, f"S {COLUMNS}")
-    if table.dtype != torch.float32 or len(table) == 0:
+    precise = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if table.dtype not in (torch.float32, precise) or table.shape[0] == 0:
         raise TypeError(
-            f"table must be float32 with at least one row, got {table.dtype} {tuple(table.shape)}"
+            "table must be float32 with at least one row (or float64 beside such an x),"
+            f" got {table.dtype} {tuple(table.shape)}"
         )
     expect_device("table", table, "x", x)
     _expect_step(step, x)
@@ -133,13 +141,13 @@ def guided_step(
         raise ValueError(f"known and clean must be given together, got {came} alone")
     if known is not None and clean is not None:
         expect_known(known, "x", x)
-        _expect_like("clean", clean, x)
+        _expect_like("clean", clean, x, sizes)
         if clean.dtype != x.dtype:
             raise TypeError(f"clean must have the dtype of x, {x.dtype}, got {clean.dtype}")
     if noise is not None and seed is not None:
         raise ValueError("noise or seed may be given, not both")
     if noise is not None:
-        _expect_like("noise", noise, x)
+        _expect_like("noise", noise, x, sizes)
     seeds = None if seed is None else philox.sample_seeds(seed, sizes["B"], x.device)
     philox.expect_stream(stream)
     if torch.is_grad_enabled() and any(
@@ -155,7 +163,7 @@ def guided_step(
     )  # fmt: skip
     if out is None:
         return _guided_step(*arguments)
-    _expect_like("out", out, x)
+    _expect_like("out", out, x, sizes)
     if out.dtype != x.dtype or not out.is_contiguous():
         raise ValueError(f"out must be contiguous and {x.dtype} like x, got {out.dtype}")
     _guided_step_into(*arguments, out)
@@ -176,15 +184,15 @@ def _branches(guidance: tuple[float, ...] | None) -> int:
     return len(guidance) + 1
 
 
-def _expect_like(name: str, tensor: Tensor, x: Tensor, branches: int = 1) -> None:
-    """Check for `branches` batches of the shape of `x` on its device."""
-    B, C, T, H, W = x.shape
-    sizes = {"B": B, "C": C, "T": T, "H": H, "W": W}
+def _expect_like(
+    name: str, tensor: Tensor, x: Tensor, sizes: dict[str, int], branches: int = 1
+) -> None:
+    """Check for `branches` batches of the shape of `x`, its `sizes`, on its device."""
     if branches == 1:
         expect_shape(name, tensor, "B C T H W", sizes)
     else:
         batch = f"{branches}B"
-        expect_shape(name, tensor, f"{batch} C T H W", sizes | {batch: branches * B})
+        expect_shape(name, tensor, f"{batch} C T H W", sizes | {batch: branches * sizes["B"]})
     expect_float(name, tensor)
     expect_device(name, tensor, "x", x)
 

@@ -1,27 +1,19 @@
-"""The path without a kernel of our own: one SDPA call per rectangle of visible pairs.
+"""The CPU path: PyTorch's flash kernel, called once per rectangle of a plan (`plan.py`).
 
-The visible pairs are covered, once each, by rectangles of query ranges and key ranges. Frames that
-see the same keys make one rectangle. Small frames whose keys differ share a call on the keys they
-have in common, since SDPA is slow on few query rows, and the rest is joined by log-sum-exp, which
-is exact. Nothing hidden is computed, forward or backward.
+Nothing hidden is computed, forward or backward.
 """
 
-from __future__ import annotations
-
 import itertools
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from .._shared.views import rows_together
+from .plan import Plan, Range, Ranges, intersect, merge, places, samples_of, size, take
 
-Range = tuple[int, int]
-Ranges = tuple[Range, ...]
-
-# Below so many query rows the CPU's flash kernel takes smaller blocks and loses a third of its
-# rate; sums over fewer rows are merged on the keys that they share.
+# Below so many query rows the kernel takes smaller blocks and loses a third of its rate; sums over
+# fewer rows are merged on the keys that they share.
 FULL_RATE_ROWS = 768
 # At most so many tokens of either side go into one call, and of these so many numbers for each
 # thread, or one head: what a call returns, before it is put where it belongs, stays small beside
@@ -30,75 +22,8 @@ MOST_TOKENS = 1024
 MOST_NUMBERS = 2**16
 
 
-class Rectangle(NamedTuple):
-    queries: Ranges
-    keys: Ranges
-
-
-class Plan(NamedTuple):
-    """How one sample's pairs are covered; all ranges in tokens."""
-
-    rectangles: list[Rectangle]
-    alone: Ranges  # query tokens that see themselves only
-    blind: Ranges  # query tokens that see nothing
-
-
-def plan(rows: list[list[int]], spans: list[list[list[int]]], tokens: int, keys: int) -> Plan:
-    """Cover the pairs of one sample of an interval table (`_shared/intervals.py`)."""
-    alone, blind, sighted = [], [], []
-    for (start, end, count, self_only, _), row_spans in zip(rows, spans, strict=True):
-        here = (start, min(end, tokens))
-        if here[0] >= here[1]:
-            continue
-        seen = tuple((a, min(b, keys)) for a, b in row_spans[:count] if a < keys)
-        if self_only:
-            alone.append(here)
-        elif seen:
-            sighted.append((here, seen))
-        else:
-            blind.append(here)
-    groups: dict[Ranges, list[Range]] = {}
-    for here, seen in sorted(sighted):
-        groups.setdefault(seen, []).append(here)
-    rectangles, small = [], []
-    for seen, ranges in groups.items():
-        queries = _merge(ranges)
-        if _size(queries) >= FULL_RATE_ROWS:
-            rectangles.append(Rectangle(queries, seen))
-        else:
-            small.append(Rectangle(queries, seen))
-    for chunk in _chunks(small):
-        rectangles.extend(_share(chunk))
-    return Plan(rectangles, _merge(alone), _merge(blind))
-
-
-def _chunks(small: list[Rectangle]) -> Iterator[list[Rectangle]]:
-    """Neighbours, together FULL_RATE_ROWS rows or a little more."""
-    chunk: list[Rectangle] = []
-    for rectangle in small:
-        chunk.append(rectangle)
-        if sum(_size(r.queries) for r in chunk) >= FULL_RATE_ROWS:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
-
-
-def _share(chunk: list[Rectangle]) -> list[Rectangle]:
-    """One call on the keys that all of `chunk` see, then what each sees besides."""
-    common = chunk[0].keys
-    for rectangle in chunk[1:]:
-        common = _intersect(common, rectangle.keys)
-    # A shared call saves time only if it takes the larger part of the work out of small calls.
-    if len(chunk) == 1 or 2 * _size(common) < max(_size(r.keys) for r in chunk):
-        return chunk
-    rest = [Rectangle(r.queries, _subtract(r.keys, common)) for r in chunk]
-    every = _merge(r for rectangle in chunk for r in rectangle.queries)
-    return [Rectangle(every, common), *(r for r in rest if r.keys)]
-
-
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, plans: list[Plan], scale: float
+    q: Tensor, k: Tensor, v: Tensor, plans: tuple[Plan, ...], scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attention of `q` (B, N, heads, E) on `k`, `v` (B, M, heads, E).
 
@@ -108,15 +33,15 @@ def forward(
     q, k, v = (rows_together(tensor) for tensor in (q, k, v))
     if q.numel() and len(plans) == 1 and len(plans[0].rectangles) == 1:
         (whole,) = plans[0].rectangles
-        if _size(whole.queries) == q.shape[1] and len(whole.keys) == 1:
-            out, lse = _flash(q, _take(k, whole.keys), _take(v, whole.keys), scale)
+        if size(whole.queries) == q.shape[1] and len(whole.keys) == 1:
+            out, lse = _flash(q, take(k, whole.keys), take(v, whole.keys), scale)
             return out.contiguous(), lse.contiguous()
     wide = torch.promote_types(q.dtype, torch.float32)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=wide, device=q.device)
     if not out.numel():  # the kernels divide by the batch and by the heads
         return out, lse
-    for sample, its_plan in zip(_samples(len(plans)), plans, strict=True):
+    for sample, its_plan in zip(samples_of(plans), plans, strict=True):
         _forward_one(out[sample], lse[sample], q[sample], k[sample], v[sample], its_plan, scale)
     return out, lse
 
@@ -124,18 +49,18 @@ def forward(
 def _forward_one(out, lse, q, k, v, its_plan, scale):
     done: Ranges = ()
     for whole, keys in its_plan.rectangles:
-        its_k, its_v = _take(k, keys), _take(v, keys)
-        joins = bool(_intersect(done, whole))
+        its_k, its_v = take(k, keys), take(v, keys)
+        joins = bool(intersect(done, whole))
         for queries in _blocks(whole):
-            for samples, heads in _lots(q, _size(queries)):
+            for samples, heads in _lots(q, size(queries)):
                 lot = samples, slice(None), heads
-                parts = _flash(_take(q[lot], queries), its_k[lot], its_v[lot], scale)
+                parts = _flash(take(q[lot], queries), its_k[lot], its_v[lot], scale)
                 _put(out[lot], lse[samples, heads], queries, *parts, joins)
                 del parts  # before the next call makes its own
-        done = _merge([*done, *whole])
+        done = merge([*done, *whole])
     # Last, since the system gives the memory of these rows only when they are written.
     for block in _blocks(its_plan.alone):
-        for (start, end), (samples, heads) in itertools.product(block, _lots(q, _size(block))):
+        for (start, end), (samples, heads) in itertools.product(block, _lots(q, size(block))):
             here = samples, slice(start, end), heads
             out[here] = v[here]
             own = (q[here].to(lse.dtype) * k[here]).sum(-1)
@@ -157,7 +82,7 @@ def _lots(q: Tensor, rows: int) -> Iterator[tuple[slice, slice]]:
 
 def _put(out, lse, queries, part, part_lse, joins):
     """Write what a call returned to the rows that it is of, or join it to what they hold."""
-    for (start, end), (a, b) in zip(queries, _places(queries), strict=True):
+    for (start, end), (a, b) in zip(queries, places(queries), strict=True):
         here, here_lse = out[:, start:end], lse[:, :, start:end]
         if joins:
             _join(here, here_lse, part[:, a:b], part_lse[:, :, a:b])
@@ -179,20 +104,20 @@ def _join(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
 
 def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    plans: list[Plan], scale: float,
+    plans: tuple[Plan, ...], scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of `q`, `k` and `v`; `out` and `lse` are those of `forward`."""
     dout, q, k, v = (rows_together(tensor) for tensor in (dout, q, k, v))
     if q.numel() and len(plans) == 1 and len(plans[0].rectangles) == 1:
         (whole,) = plans[0].rectangles
-        if _size(whole.queries) == q.shape[1] and whole.keys == ((0, k.shape[1]),):
+        if size(whole.queries) == q.shape[1] and whole.keys == ((0, k.shape[1]),):
             return _flash_backward(dout, q, k, v, out, lse, scale)
     # Sums over calls are float32 whatever the inputs.
     dq, dk, dv = (torch.zeros(t.shape, dtype=lse.dtype, device=t.device) for t in (q, k, v))
     if not dq.numel():
-        plans = []  # the kernels divide by the batch and by the heads
+        plans = ()  # the kernels divide by the batch and by the heads
     tensors = dout, q, k, v, out, lse, dq, dk, dv
-    for sample, its_plan in zip(_samples(len(plans)), plans, strict=True):
+    for sample, its_plan in zip(samples_of(plans), plans, strict=True):
         its_tensors = [t[sample] for t in tensors]
         for rectangle in its_plan.rectangles:
             _backward_one(rectangle, scale, *its_tensors)
@@ -203,12 +128,12 @@ def backward(
 
 def _backward_one(rectangle, scale, dout, q, k, v, out, lse, dq, dk, dv):
     for queries in _blocks(rectangle.queries):
-        for samples, heads in _lots(q, _size(queries)):
+        for samples, heads in _lots(q, size(queries)):
             lot = samples, slice(None), heads
-            its_dout, its_q, its_out = (_take(t[lot], queries) for t in (dout, q, out))
-            its_lse = _take(lse[samples, heads], queries, dim=2)
+            its_dout, its_q, its_out = (take(t[lot], queries) for t in (dout, q, out))
+            its_lse = take(lse[samples, heads], queries, dim=2)
             for keys in _blocks(rectangle.keys):
-                its_k, its_v = _take(k[lot], keys), _take(v[lot], keys)
+                its_k, its_v = take(k[lot], keys), take(v[lot], keys)
                 parts = _flash_backward(its_dout, its_q, its_k, its_v, its_out, its_lse, scale)
                 _add(dq[lot], queries, parts[0])
                 _add(dk[lot], keys, parts[1])
@@ -231,18 +156,8 @@ def _flash_backward(dout, q, k, v, out, lse, scale):
     return tuple(grad.transpose(1, 2) for grad in grads)
 
 
-def _samples(plans: int) -> list[slice]:
-    return [slice(None)] if plans == 1 else [slice(b, b + 1) for b in range(plans)]
-
-
-def _take(tensor: Tensor, ranges: Ranges, dim: int = 1) -> Tensor:
-    """The ranges of one axis: a view of one range, a copy of several."""
-    parts = [tensor.narrow(dim, start, end - start) for start, end in ranges]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-
-
 def _add(tensor: Tensor, ranges: Ranges, part: Tensor) -> None:
-    for (start, end), (a, b) in zip(ranges, _places(ranges), strict=True):
+    for (start, end), (a, b) in zip(ranges, places(ranges), strict=True):
         tensor[:, start:end] += part[:, a:b]
 
 
@@ -261,38 +176,3 @@ def _blocks(ranges: Ranges) -> Iterator[Ranges]:
                 block, room = [], MOST_TOKENS
     if block:
         yield tuple(block)
-
-
-def _places(ranges: Ranges) -> Iterator[Range]:
-    """Where each range lies once they are laid end to end."""
-    at = 0
-    for start, end in ranges:
-        yield at, at + end - start
-        at += end - start
-
-
-def _size(ranges: Ranges) -> int:
-    return sum(end - start for start, end in ranges)
-
-
-def _merge(ranges: Iterable[Range]) -> Ranges:
-    merged: list[Range] = []
-    for start, end in sorted(ranges):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
-        else:
-            merged.append((start, end))
-    return tuple(merged)
-
-
-def _intersect(left: Ranges, right: Ranges) -> Ranges:
-    pairs = ((max(a, c), min(b, d)) for a, b in left for c, d in right)
-    return _merge(pair for pair in pairs if pair[0] < pair[1])
-
-
-def _subtract(left: Ranges, right: Ranges) -> Ranges:
-    for cut_start, cut_end in right:
-        pieces = ((a, min(b, cut_start)) for a, b in left)
-        others = ((max(a, cut_end), b) for a, b in left)
-        left = tuple(sorted(p for p in (*pieces, *others) if p[0] < p[1]))
-    return left

@@ -18,13 +18,20 @@ import triton.language as tl
 from torch import Tensor
 
 from .._shared import intervals_kernel
-from .._shared.tiles import LN2, LOG2E, load_tile, precision, split, store_tile
+from .._shared.tiles import (
+    LN2,
+    LOG2E,
+    load_tile,
+    online_softmax,
+    precision,
+    split,
+    store_tile,
+)  # fmt: skip
 from .._shared.variants import Variant
 from .._shared.views import rows_together
 from . import descriptors
 from .tiles import Blocks, advance, own_tile, span, steps
 
-GRID_LIMIT = 65535  # CUDA's, on every axis of a grid but the first
 # By the padded head width, for 16-bit and for 32-bit inputs: the largest found that spill nothing
 # on any of the budgeted architectures. Float32 wider than 64 may. One table serves all
 # until a measurement splits it.
@@ -92,18 +99,13 @@ def _forward(
         if E2 > 0:
             k2 = load_tile(k_ptr, m, seen, k_m, E1, E2, E)
             scores = tl.dot(q2, k2.T, scores, input_precision=PRECISION)
-        scores = tl.where(seen[None, :], scores * (scale * LOG2E), -float("inf"))
-        new_top = tl.maximum(top, tl.max(scores, axis=1))  # finite: every block has a seen key
-        weights = tl.exp2(scores - new_top[:, None])
-        shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(weights, axis=1)
+        weights, shrink, top, total = online_softmax(scores, seen, scale, top, total)
         v1 = load_tile(v_ptr, m, seen, v_m, 0, E1, E)
         weights = weights.to(v1.dtype)
         acc1 = tl.dot(weights, v1, acc1 * shrink[:, None], input_precision=PRECISION)
         if E2 > 0:
             v2 = load_tile(v_ptr, m, seen, v_m, E1, E2, E)
             acc2 = tl.dot(weights, v2, acc2 * shrink[:, None], input_precision=PRECISION)
-        top = new_top
         i, at, stop = advance(spans_ptr, i, at, stop, count, M, BLOCK_M)
 
     lse = (top + tl.log2(total)) * LN2  # -inf where nothing was seen
@@ -343,14 +345,10 @@ def _constants(E: int, dtype: torch.dtype) -> dict:
     return {"E": E, "E1": first, "E2": second, "PRECISION": precision(dtype)}
 
 
-def _grid(table: Tensor, tokens: int, heads: int, blocks: Blocks) -> tuple[int, int]:
-    if heads > GRID_LIMIT:
-        raise NotImplementedError(
-            f"B * heads must be at most {GRID_LIMIT}, CUDA's limit on this axis of a grid,"
-            f" got B * heads = {heads}"
-        )
+def _grid(table: Tensor, tokens: int, heads: int, blocks: Blocks) -> tuple[int]:
+    """As `own_tile` reads it, on the one axis that may be longer than 65535."""
     # Each frame may leave a part of a tile; how many there are is known on the device only.
-    return triton.cdiv(tokens, blocks.rows) + table.shape[1], heads
+    return ((triton.cdiv(tokens, blocks.rows) + table.shape[1]) * heads,)
 
 
 def _sizes(table: Tensor, spans: Tensor, N: int, M: int) -> tuple[int, ...]:

@@ -3,14 +3,14 @@
 from typing import Literal, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .._shared.checks import expect_device, expect_float, expect_shape
 from .._shared.derivatives import refuse_second
 from .._shared.paths import announce
 from .._shared.visibility import Visibility
-from . import grouped
+from . import grouped, vendor
+from .plan import Plan, plans_of
 
 torch.library.define(
     "fastvid::masked_attention",
@@ -57,9 +57,8 @@ def _(dout, q, k, v, out, lse, rows, row_spans, columns, column_spans, scale):
     return grouped.backward(dout, q, k, v, out, lse, _plans(rows, row_spans, q, k), scale)
 
 
-def _plans(rows: Tensor, row_spans: Tensor, q: Tensor, k: Tensor) -> list[grouped.Plan]:
-    samples = zip(rows.tolist(), row_spans.tolist(), strict=True)
-    return [grouped.plan(*sample, q.shape[1], k.shape[1]) for sample in samples]
+def _plans(rows: Tensor, row_spans: Tensor, q: Tensor, k: Tensor) -> tuple[Plan, ...]:
+    return plans_of(rows, row_spans, q.shape[1], k.shape[1], grouped.FULL_RATE_ROWS)
 
 
 @torch.library.register_fake("fastvid::masked_attention")
@@ -161,21 +160,12 @@ def masked_attention(
             )
     scale = E**-0.5 if scale is None else scale
     # A compiled graph must not depend on what the host happens to know.
-    wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    if not (return_lse or torch.compiler.is_compiling()) and _vendor_serves(
-        q.device.type, wants_gradient, visibility
-    ):
-        announce("masked_attention", "SDPA, since nothing is hidden")
-        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).contiguous()
+    if not (return_lse or torch.compiler.is_compiling()):
+        wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+        plans = vendor.plans_for(q, k, visibility, wants_gradient)
+        if plans is not None:
+            announce("masked_attention", "SDPA, one call per group of frames")
+            return vendor.attend(q, k, v, plans, scale)
     tables = visibility.rows, visibility.row_spans, visibility.columns, visibility.column_spans
     out, lse = _masked_attention(q, k, v, *tables, scale)
     return (out, lse) if return_lse else out
-
-
-def _vendor_serves(device: str, wants_gradient: bool, visibility: Visibility) -> bool:
-    """Whether PyTorch's own attention takes the call: on a GPU, where nothing is hidden.
-
-    Its backward may differ from run to run, so it serves no call that wants a gradient.
-    """
-    return device == "cuda" and not wants_gradient and visibility.sees_all

@@ -38,10 +38,10 @@ def own_tile(
     Returns bh, b, h; the first token and the end of its frame (both 0 where no tile is left); the
     number of spans and where they lie; self-only; the end of the valid tokens.
     """
-    bh = tl.program_id(1).to(tl.int64)
+    each = tl.cdiv(tokens, BLOCK) + frames  # programs of a sample and head, as in the launcher
+    bh, tile = (tl.program_id(0) // each).to(tl.int64), tl.program_id(0) % each
     b, h = bh // heads, bh % heads
     table_ptr += b * table_b
-    tile = tl.program_id(0)
     entry, first, end, before = 0, 0, 0, 0
     for chunk in range(0, frames, FRAMES):
         j = chunk + tl.arange(0, FRAMES)

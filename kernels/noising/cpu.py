@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .._shared import native, philox
-from .._shared.planes import known_cells, planes
+from .._shared.planes import known_cells, like, planes
 from . import reference
 
 
@@ -75,8 +75,8 @@ def compiled_noising(
     x0, alpha, sigma, noise, seeds, stream, known, known_alpha, known_sigma, target
 ):
     """The C++ kernel."""
-    noisy = x0.new_empty(x0.shape)
-    made = x0.new_empty((0,) if target == "none" else x0.shape)
+    noisy = like(x0)
+    made = x0.new_empty(0) if target == "none" else like(x0)
     levels = [None if t is None else t.float() for t in (alpha, sigma, known_alpha, known_sigma)]
     if noisy.numel():
         torch.ops.fastvid_cpp.noising(
@@ -99,7 +99,7 @@ def compiled_mse(pred, target, known, average):
 
 def compiled_mse_backward(dloss, pred, target, known, weight):
     """The C++ kernel."""
-    dpred = pred.new_empty(pred.shape)
+    dpred = like(pred)
     if dpred.numel():
         torch.ops.fastvid_cpp.masked_mse_backward(
             dloss.contiguous(), planes(pred), planes(target), _cells(known), weight, dpred

@@ -14,6 +14,7 @@ from . import cpu, reference
 
 Target = Literal["eps", "v", "flow", "x0"]
 Average = Literal["unknown", "all"]
+_TARGETS, _AVERAGES = get_args(Target), get_args(Average)
 
 # Levels are (B|1, T|1). Either `noise` or `seeds` (B,) is given. `target` "none" writes no second
 # tensor: it comes back empty, as does `eps`, which only a gradient by drawn noise would need.
@@ -189,7 +190,7 @@ def noising(
     """
     sizes = expect_shape("x0", x0, "B C T H W")
     expect_float("x0", x0)
-    if target not in get_args(Target):
+    if target not in _TARGETS:
         raise ValueError(f"target must be eps, v, flow or x0, got {target!r}")
     if (noise is None) == (seed is None):
         came = "neither" if noise is None else "both"
@@ -203,7 +204,7 @@ def noising(
     elif seed is not None:
         seeds = philox.sample_seeds(seed, sizes["B"], x0.device)
     philox.expect_stream(stream)
-    alpha, sigma = _levels("alpha", alpha, "sigma", sigma, x0)
+    alpha, sigma = _levels("alpha", alpha, "sigma", sigma, x0, sizes)
     known_alpha = known_sigma = None
     if known is not None:
         expect_known(known, "x0", x0)
@@ -211,7 +212,9 @@ def noising(
         if known is None:
             raise ValueError("known must be given with known_level, got None")
         names = "known_level[0]", "known_level[1]"
-        known_alpha, known_sigma = _levels(names[0], known_level[0], names[1], known_level[1], x0)
+        known_alpha, known_sigma = _levels(
+            names[0], known_level[0], names[1], known_level[1], x0, sizes
+        )
     given = target == "x0" or (target == "eps" and noise is not None)
     noisy, made = _noising(
         x0, alpha, sigma, noise, seeds, stream, known, known_alpha, known_sigma,
@@ -223,13 +226,12 @@ def noising(
 
 
 def _levels(
-    name: str, alpha: Tensor, other: str, sigma: Tensor, x0: Tensor
+    name: str, alpha: Tensor, other: str, sigma: Tensor, x0: Tensor, sizes: dict[str, int]
 ) -> tuple[Tensor, Tensor]:
-    """Two levels as (B|1, T|1), contiguous."""
-    B, _, T = x0.shape[:3]
+    """Two levels as (B|1, T|1), contiguous; `sizes` are those of `x0`."""
     for each, level in ((name, alpha), (other, sigma)):
         per_frame = isinstance(level, Tensor) and level.dim() == 2
-        expect_shape(each, level, "B|1 T" if per_frame else "B|1", {"B": B, "T": T})
+        expect_shape(each, level, "B|1 T" if per_frame else "B|1", sizes)
         if level.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"{each} must be float32 or float64, got {level.dtype}")
         expect_device(each, level, "x0", x0)
@@ -238,7 +240,8 @@ def _levels(
             f"{name} and {other} must agree in shape and dtype, got {tuple(alpha.shape)}"
             f" {alpha.dtype} and {tuple(sigma.shape)} {sigma.dtype}"
         )
-    alpha, sigma = (t if t.dim() == 2 else t.unsqueeze(1) for t in (alpha, sigma))
+    if alpha.dim() == 1:
+        return alpha.contiguous().unsqueeze(1), sigma.contiguous().unsqueeze(1)
     return alpha.contiguous(), sigma.contiguous()
 
 
@@ -247,8 +250,9 @@ def masked_mse(
 ) -> Tensor:
     """Mean square of `pred - target` over what is to be generated, one number per sample.
 
-    One pass forward and one backward; sums are float32 in a fixed order, the same bits in every
-    run. Known cells are never looked at and get a gradient of 0.
+    One pass forward and one backward; sums are taken in a fixed order, the same bits in every run
+    (float32, in C++ over pieces in float32 and over these in float64). Known cells are never looked
+    at and get a gradient of 0.
 
     Args:
         pred: (B, C, T, H, W), such as the first C channels of a model's output, a view.
@@ -269,7 +273,7 @@ def masked_mse(
     expect_float("pred", pred)
     expect_float("target", target)
     expect_device("target", target, "pred", pred)
-    if average not in get_args(Average):
+    if average not in _AVERAGES:
         raise ValueError(f"average must be unknown or all, got {average!r}")
     if known is not None:
         expect_known(known, "pred", pred)

@@ -1,5 +1,7 @@
 """The CPU paths of the pyramid's ops: passes of PyTorch, and the compiled kernels."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ def pyramid_renoise(x, alpha, beta, gamma, noise, seeds, stream):
     data = x.to(wide)
     out = torch.empty(B, C, T, H, 2, W, 2, dtype=wide)
     if noise is not None and noise.dim() == 5:
-        torch.mul(noise.view(out.shape), beta, out=out)
+        torch.mul(noise.to(wide).view(out.shape), beta, out=out)
         out.add_(data[:, :, :, :, None, :, None], alpha=alpha)
         return out.view(B, C, T, 2 * H, 2 * W).to(x.dtype)
     if noise is None:
@@ -39,14 +41,14 @@ def pyramid_halve(x, factor):
     """`factor` times the mean of every 2 x 2 block."""
     wide = torch.promote_types(x.dtype, torch.float32)
     rows = torch.add(x[..., 0::2, :].to(wide), x[..., 1::2, :])
-    return (rows[..., 0::2] + rows[..., 1::2]).mul_(factor / 4).to(x.dtype)
+    return (rows[..., 0::2] + rows[..., 1::2]).mul_(factor / 4).to(x.dtype).contiguous()
 
 
 def stage_endpoints(latents, lower, noise, start_sigma, end_sigma, ratio, endpoints):
     """Start and end (empty unless wanted), sample and target."""
     wide = torch.promote_types(latents.dtype, torch.float32)
     ratio = ratio.to(wide).view(-1, 1, 1, 1, 1)
-    eps = noise.to(wide)
+    eps = noise.to(wide).contiguous()
     end = torch.mul(eps, end_sigma).add_(latents, alpha=1 - end_sigma)
     start = torch.mul(eps, start_sigma)
     if lower is not None:
@@ -71,9 +73,15 @@ def compiled_renoise(x, alpha, beta, gamma, noise, seeds, stream):
     B, C, T, H, W = x.shape
     out = x.new_empty(B, C, T, 2 * H, 2 * W)
     if out.numel():
-        row = torch.tensor([*factors(alpha, beta, gamma), beta])
+        row = _row(alpha, beta, gamma)
         torch.ops.fastvid_cpp.pyramid_renoise(planes(x), row, noise, seeds, stream, out)
     return out
+
+
+@functools.lru_cache(maxsize=64)  # a schedule has a few jumps, each taken once per unit
+def _row(alpha: float, beta: float, gamma: float) -> Tensor:
+    """The factors as the C++ kernel takes them; making them costs as much as a small call."""
+    return torch.tensor([*factors(alpha, beta, gamma), beta], dtype=torch.float32)
 
 
 def compiled_halve(x, factor):

@@ -173,8 +173,7 @@ def pyramid_renoise(
         seeds = philox.sample_seeds(seed, sizes["B"], x.device)
     philox.expect_stream(stream)
     frames = x if x.dim() == 5 else x.unsqueeze(2)
-    gamma = min(gamma, 1 / 3)
-    out = _pyramid_renoise(frames, float(alpha), float(beta), gamma, noise, seeds, stream)
+    out = _pyramid_renoise(frames, alpha, beta, min(gamma, 1 / 3), noise, seeds, stream)
     return out if x.dim() == 5 else out.squeeze(2)
 
 
@@ -273,7 +272,7 @@ def stage_endpoints(
             "stage_endpoints has no gradient: call it under torch.no_grad() or detach its arguments"
         )
     ratio = ratio.expand(sizes["B"]).contiguous()
-    sigmas = float(start_sigma), float(end_sigma)
+    sigmas = start_sigma, end_sigma
     return StageEndpoints(*_stage_endpoints(latents, lower, noise, *sigmas, ratio, endpoints))
 
 

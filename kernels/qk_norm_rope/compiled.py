@@ -36,9 +36,7 @@ def backward(dq_out, dk_out, q, k, q_weight, k_weight, q_bias, k_bias, *rule):
             *tables, dq, dk, *sums,
         )  # fmt: skip
     pairs = zip(sums, affine, strict=True)
-    return dq, dk, *(
-        q.new_empty(0) if row is None else total.to(row.dtype) for total, row in pairs
-    )
+    return dq, dk, *(q.new_empty(0) if row is None else total.to(row.dtype) for total, row in pairs)
 
 
 def _forward(q, k, affine, rule, back):

@@ -1,13 +1,13 @@
 """The table of goals on rows that the test makes."""
 
 import fnmatch
-import importlib
 
 import pytest
 import torch
 
 from benchmarks import goals, run, run_models
 from benchmarks.goals import Goal
+from tests.benchmarks.cases import cases_on_a_gpu
 
 
 def row(case, rival="fastvid", **columns):
@@ -76,19 +76,10 @@ def test_cases_without_a_goal_come_last():
     assert goals.value_of(first) == 0 < goals.value_of(last) == len(goals.GOALS)
 
 
-def labels_on_a_gpu(room, monkeypatch):
-    """Those of a GPU's sizes, in both dtypes; the tables behind them are made on the CPU."""
-    bench = importlib.import_module(f"benchmarks.kernels.bench_{room}")
-    for name in ("SHAPES", "CPU", "RULED"):
-        if hasattr(bench, name):
-            on_gpu = {"CPU": "GPU"}.get(name, f"GPU_{name}")
-            monkeypatch.setattr(bench, name, getattr(bench, on_gpu))
-    found = [case.label for case in bench.cases(torch.device("cpu"), False)]
-    return found + [label.replace("float32", "bfloat16") for label in found]
-
-
 def test_every_goal_names_a_case_of_the_gpu(monkeypatch):
-    labels = [label for room in run.rooms() for label in labels_on_a_gpu(room, monkeypatch)]
+    cases = [case for room in run.rooms() for case in cases_on_a_gpu(room, monkeypatch)]
+    labels = [case.label for case in cases]
+    labels += [label.replace("float32", "bfloat16") for label in labels]
     for bench in map(run_models.bench, run_models.names()):
         labels += map(bench.label, bench.specs(torch.device("cuda"), False))
     for goal in goals.GOALS:

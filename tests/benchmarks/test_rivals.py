@@ -1,5 +1,6 @@
 """Other people's kernels behind stand-ins that have their signatures and plain PyTorch inside."""
 
+import contextlib
 import sys
 import types
 
@@ -7,9 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks import run
+from benchmarks.kernels import bench_asymmetric_attention as asymmetric
 from benchmarks.kernels import bench_masked_attention as masked
-from benchmarks.kernels import bench_modulate, bench_temporal_attention
-from benchmarks.rivals import packages
+from benchmarks.kernels import bench_modulate, bench_qk_norm_rope
+from benchmarks.kernels import bench_temporal_attention as temporal
+from benchmarks.rivals import packages, sdpa
+from fastvid.functional import asymmetric_attention, temporal_attention
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -33,7 +38,13 @@ def flash_attn_func(
 ):  # fmt: skip
     assert not causal
     assert deterministic
-    return attend(q, k, v)
+    if window_size == (-1, -1):
+        return attend(q, k, v)
+    at = torch.arange(q.shape[1])
+    ahead = at - at[:, None]
+    seen = (-window_size[0] <= ahead) & (ahead <= window_size[1])
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)
 
 
 def flash_attn_varlen_func(
@@ -69,6 +80,11 @@ def liger_layer_norm(X, W, B, eps):
     return F.layer_norm(X, W.shape, W, B, eps)
 
 
+def liger_rms_norm(X, W, eps, offset=0.0, casting_mode="llama", in_place=True):
+    assert not in_place
+    return F.rms_norm(X, W.shape, W, eps)
+
+
 def na1d(query, key, value, kernel_size, stride=1, dilation=1, is_causal=False, scale=None):
     assert kernel_size == query.shape[1]
     return attend(query, key, value)
@@ -85,7 +101,7 @@ def installed(monkeypatch):
         "xformers.ops.fmha.attn_bias": (BlockDiagonalMask,),
         "liger_kernel": (),
         "liger_kernel.transformers": (),
-        "liger_kernel.transformers.functional": (liger_layer_norm,),
+        "liger_kernel.transformers.functional": (liger_layer_norm, liger_rms_norm),
         "natten": (na1d,),
     }
     for name, members in contents.items():
@@ -117,11 +133,64 @@ def test_frames_that_see_themselves_alone_are_one_call(installed, rand, monkeypa
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("name", ["flash-attn", "xformers", "natten"])
-def test_temporal_attention(installed, rand, name):
+@pytest.mark.parametrize(
+    ("rule", "names"),
+    [
+        ("", {"flash-attn", "xformers", "natten"}),
+        ("rotary", {"flash-attn", "xformers", "natten"}),
+        ("window", {"flash-attn"}),
+        ("known", set()),
+    ],
+)
+def test_temporal_attention(installed, rand, rule, names):
     q, k, v = (rand(2, 5, 7, 3, 8) for _ in range(3))
-    found = bench_temporal_attention.PACKAGES[name]()(q, k, v)
-    torch.testing.assert_close(found, bench_temporal_attention.eager(q, k, v))
+    rule = temporal.RULES[rule](5, 8, CPU) if rule else {}
+    makers = temporal.from_packages(rule)
+    assert makers.keys() == names
+    for make in makers.values():
+        torch.testing.assert_close(make()(q, k, v), temporal_attention(q, k, v, **rule))
+
+
+@pytest.mark.parametrize("scope", ["frame", "clip"])
+@pytest.mark.parametrize("name", asymmetric.PACKAGES)
+def test_asymmetric_attention(installed, rand, scope, name):
+    q, (k, v) = rand(2, 3, 7, 2, 16), (rand(1, 3, 4, 2, 16) for _ in range(2))
+    attend = asymmetric.batched(scope, asymmetric.PACKAGES[name]())
+    torch.testing.assert_close(attend(q, k, v), asymmetric_attention(q, k, v, scope=scope))
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_norm(installed, rand, kind):
+    x, weight = rand(2, 7, 16), rand(16)
+    found = packages.liger_norm()(kind, x, weight)
+    torch.testing.assert_close(found, bench_qk_norm_rope.plain_norm(kind, x, weight))
+
+
+@pytest.mark.parametrize("room", run.rooms())
+def test_what_a_room_may_be_compared_with_has_a_row_here_too(room):
+    """On a machine without a GPU all of them are missing."""
+    wanted = {
+        "asymmetric_attention": {"flash-attn", "xformers"},
+        "masked_attention": {"flash-attn", "xformers"},
+        "temporal_attention": {"flash-attn", "xformers", "natten"},
+        "modulate": {"liger"},
+        "qk_norm_rope": {"liger"},
+    }
+    missing = {name for case in run.cases(room, CPU, True) for name in case.missing}
+    assert missing == wanted.get(room, set())
+    for case in run.cases(room, CPU, True):
+        assert all(how.startswith("needs a GPU, and pip install") for how in case.missing.values())
+
+
+def test_every_backend_is_asked_for_by_its_name(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        sdpa, "sdpa_kernel", lambda backend: asked.append(backend) or contextlib.nullcontext()
+    )
+    rivals = sdpa.by_backend("dense", lambda x, by: x * by)
+    assert [attend(3, by=2) for attend in rivals.values()] == [6] * 3
+    assert list(rivals) == ["dense flash", "dense cudnn", "dense effic."]
+    assert asked == list(sdpa.BACKENDS.values())
 
 
 def test_norm_modulate(installed, rand):

@@ -1,5 +1,7 @@
 """The search of launch configurations: what is tried, what wins, and the patch."""
 
+import ast
+import fnmatch
 import os
 import subprocess
 import sys
@@ -8,8 +10,9 @@ import types
 import pytest
 import torch
 
-from benchmarks import harness, tune
+from benchmarks import harness, run, tune
 from benchmarks.machine import ROOT
+from tests.benchmarks.cases import cases_on_a_gpu
 
 CPU = torch.device("cpu")
 SOURCE = """\
@@ -112,34 +115,83 @@ def test_what_spills_or_does_not_fit_is_dropped():
     assert not tune.fits(None, "sm_90")
 
 
-@pytest.mark.parametrize("room", tune.rooms())
+@pytest.mark.parametrize("room", run.rooms())
 def test_every_search_is_of_an_entry_that_stands(room):
     pytest.importorskip("triton")
-    module = tune._kernel(room)
     for search in tune.searches(room):
-        holder, key = tune.entry(module, search)
-        source = (ROOT / "kernels" / room / "kernel.py").read_text()
+        holder, key = tune.entry(room, search)
+        source = (ROOT / "kernels" / room / f"{search.file}.py").read_text()
         same = {(search.table, search.key): tune.written(holder[key])}
         assert tune.patched(source, same) == source, search.name
         assert all(type(each) is type(holder[key]) for each in search.candidates)
         assert search.variant(holder[key]).num_warps
 
 
-def test_entry_finds_its_way():
+def launch_tables(room):
+    """Dictionaries by a number, at the top of a room's Triton files: widths lead to launches."""
+    for path in (ROOT / "kernels" / room).glob("*.py"):
+        for statement in ast.parse(path.read_text()).body:
+            value = getattr(statement, "value", None)
+            keys = value.keys if isinstance(value, ast.Dict) else []
+            if keys and all(isinstance(getattr(key, "value", None), int) for key in keys):
+                yield path.stem, statement.targets[0].id
+
+
+@pytest.mark.parametrize("room", run.rooms())
+def test_every_launch_table_is_searched_or_says_why_not(room):
+    pytest.importorskip("triton")
+    tables = set(launch_tables(room))
+    searched = {(search.file, search.table) for search in tune.searches(room)}
+    named = tune.unsearched(room)
+    assert tables == searched | {table for table in tables if table[1] in named}
+    assert named.keys() <= {table for _, table in tables}
+    assert not any(table in named for _, table in searched)
+
+
+def test_every_search_finds_its_case_and_rival(monkeypatch):
+    pytest.importorskip("triton")
+    for room in run.rooms():
+        found = cases_on_a_gpu(room, monkeypatch)
+        for search in tune.searches(room):
+            (case, *_) = [case for case in found if fnmatch.fnmatch(case.label, search.case)]
+            assert search.rival in {*case.rivals, "kernel", "fastvid, tensor descriptors"}
+
+
+def test_a_room_without_a_launch_table_says_so(capsys):
+    for room in ("guided_step", "temporal_attention"):
+        with pytest.raises(SystemExit):
+            tune.main([room, "--dry-run"])
+        assert f"{room} has no launch table to search" in capsys.readouterr().err
+
+
+def test_an_unknown_architecture_is_taken_for_the_nearest_older_one(capsys):
+    assert tune.shared_bytes("sm_86") == tune.shared_bytes("sm_120") == 99 * 1024
+    assert tune.shared_bytes("sm_103") == tune.shared_bytes("sm_100") == 227 * 1024
+    assert tune.shared_bytes("sm_88") == 163 * 1024
+    assert tune.shared_bytes("sm_75") == 163 * 1024
+    assert not tune.fits({"registers": 9, "stack": 0, "shared": 160 * 1024}, "sm_89")
+    with pytest.raises(SystemExit):
+        tune.main(["modulate", "--dry-run", "--arch", "hopper"])
+    assert "--arch must be sm_NN, got hopper" in capsys.readouterr().err
+
+
+def test_entry_finds_its_way(monkeypatch):
     module = types.SimpleNamespace(TILES={16: {64: "a"}})
-    search = tune.Search("TILES", (16, 64), [], None, "")
-    assert tune.entry(module, search) == ({64: "a"}, 64)
-    assert search.name == "TILES[16][64]"
+    monkeypatch.setattr(tune, "module", lambda room, file: {"tiles": module}[file])
+    search = tune.Search("TILES", (16, 64), [], None, "", file="tiles")
+    assert tune.entry("room", search) == ({64: "a"}, 64)
+    assert search.name == "tiles.TILES[16][64]"
 
 
 def test_a_dry_run_compiles_ranks_and_prints_a_patch():
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "benchmarks", "tune", "modulate", "--dry-run"]
-    command += ["--table", "FORWARD[512]", "--most", "2"]
+    command += ["--table", "FORWARD[512]", "--most", "2", "--arch", "sm_89"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}  # as in these tests; it must not matter
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
-    assert "FORWARD[512] on sm_90, 3 candidates" in done.stdout
+    assert "FORWARD[512] on sm_89, 3 candidates" in done.stdout
+    assert "PER_TOKEN is not searched" in done.stdout
     assert "registers" in done.stdout
     assert "nothing was timed" in done.stdout
     assert "--- a/kernels/modulate/kernel.py" in done.stdout

@@ -48,6 +48,28 @@ def test_broken_library_is_warned_of_once_and_named(library, caplog, capsys):
 
 
 @pytest.mark.parametrize(
+    ("cuda", "nvcc", "says"),
+    [
+        (None, "/bin/nvcc", "none: torch is a CPU build"),
+        ("13.0", None, "not built: needs nvcc of CUDA 13.0; then pip install --no-build-isolation"),
+        ("13.0", "/bin/nvcc", "not built: pip install --no-build-isolation -e ."),
+    ],
+)
+def test_absent_cuda_kernels_come_with_what_builds_them(monkeypatch, cuda, nvcc, says):
+    monkeypatch.setattr("torch.version.cuda", cuda)
+    monkeypatch.setattr(doctor.shutil, "which", lambda command: nvcc)
+    assert doctor.cuda_absence().startswith(says)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_cuda_kernels_are_reported(monkeypatch, capsys, there):
+    monkeypatch.setattr(native, "cuda_loaded", lambda: there)
+    cli.main(["doctor"])
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "csrc, CUDA" in line)
+    assert line.endswith("  loaded") == there
+
+
+@pytest.mark.parametrize(
     ("torch_version", "triton_version", "remedy"),
     [
         ("2.13.0+cpu", "3.7.1", None),

@@ -52,6 +52,19 @@ def cpu_path(request, monkeypatch):
     return request.param
 
 
+@pytest.fixture(params=[32, 16])
+def vectors(request):
+    """Run the test with the C++ of machines that have narrower vectors: bytes of one."""
+    if not native.loaded():
+        pytest.skip(f"no compiled library: {native.failure()}")
+    limit = torch.ops.fastvid_cpp.limit_vectors
+    if limit(request.param) != request.param:
+        limit(64)
+        pytest.skip(f"this machine has no vectors of {request.param} bytes")
+    yield request.param
+    limit(64)
+
+
 @pytest.fixture
 def interpreter():
     """Triton kernels run here: on the GPU, or interpreted on the CPU."""

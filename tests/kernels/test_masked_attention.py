@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import logging
 
 import pytest
 import torch
@@ -10,8 +9,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fastvid.functional import FrameLayout, Visibility, masked_attention
-from fastvid.kernels._shared import paths
-from fastvid.kernels.masked_attention import grouped, op, reference
+from fastvid.kernels.masked_attention import grouped, reference
 from tests.kernels.masked_attention_cases import (
     BACKWARD,
     MASKS,
@@ -339,35 +337,6 @@ def test_two_runs_give_the_same_bits():
     visibility = visibility_of("causal", 128)
     first, second = (ours(q, k, v, visibility, dout) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-def test_full_visibility_may_go_to_pytorch(monkeypatch, caplog):
-    """The rule of the GPU, forced here; who wants the lse or a gradient gets the op."""
-    paths.announce.cache_clear()
-    rule = op._vendor_serves
-    monkeypatch.setattr(op, "_vendor_serves", lambda device, *call: rule("cuda", *call))
-    torch.manual_seed(0)
-    q, k, v = torch.randn(3, 2, 16, 2, 16)
-    full = visibility_of("full")
-    with caplog.at_level(logging.DEBUG, "fastvid.kernels"):
-        out = masked_attention(q, k, v, full)
-        assert "masked_attention: SDPA, since nothing is hidden" in caplog.messages
-        caplog.clear()
-        wanted, _ = masked_attention(q, k, v, full, return_lse=True)
-        trained = masked_attention(q, k.clone().requires_grad_(), v, full)
-    torch.testing.assert_close(out, wanted)
-    assert out.is_contiguous()
-    assert caplog.messages == ["masked_attention: SDPA per group of frames"]
-    assert "masked_attention" in type(trained.grad_fn).__name__
-
-
-def test_pytorch_takes_no_call_that_wants_a_gradient():
-    """Its backward on a GPU does not repeat its bits."""
-    full, causal = visibility_of("full"), visibility_of("causal")
-    assert op._vendor_serves("cuda", False, full)
-    assert not op._vendor_serves("cuda", True, full)
-    assert not op._vendor_serves("cuda", False, causal)
-    assert not op._vendor_serves("cpu", False, full)
 
 
 # ---- refusals

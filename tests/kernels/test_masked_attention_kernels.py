@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils import _python_dispatch
 
 from fastvid.functional import FrameLayout, Visibility, masked_attention
 from tests.kernels.masked_attention_cases import (
@@ -121,6 +122,26 @@ def test_descriptors_walk_frames_longer_than_a_block(device, rand):
     torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("way", ["pointers", "descriptors"])
+@pytest.mark.parametrize("E", [64, 72])
+def test_hidden_keys_may_be_anything(device, rand, way, E):
+    """NaN before, between and behind the runs that a frame sees, and in padding."""
+    from fastvid.kernels.masked_attention.kernel import launch_forward
+
+    layout = FrameLayout([3, 5, 9, 4, 6], device=device)
+    table = torch.tensor([[0, 1, 0, 1, 0]] * 5, device=device).bool()
+    visibility = Visibility(table, layout, key_lengths=[3, 5, 9, 2, 6])
+    hidden = ~visibility.dense(27, 27)[0, 0]
+    q, k, v = (rand(1, 27, 1, E) for _ in range(3))
+    clean = by_descriptors(q, k, v, visibility, 0.2)
+    k[:, hidden], v[:, hidden] = torch.nan, torch.inf
+    found = launch_forward(
+        q, k, v, *tables(visibility)[:2], 0.2, by_descriptors=way == "descriptors"
+    )
+    torch.testing.assert_close(found, clean)
+
+
 def test_descriptors_are_taken_where_they_were_measured_faster(monkeypatch):
     pytest.importorskip("triton")
     from fastvid.kernels.masked_attention import descriptors
@@ -162,6 +183,63 @@ print(*(count(getattr(kernel, name)) for name in ("_forward", "_backward_q", "_b
 """)
     # A batch or a length of 1 gives a stride of 0, which Triton knows as a multiple of 16 as well.
     assert printed.split() == ["1", "1", "1"]
+
+
+def test_no_grid_is_too_long(compilations):
+    """Samples times heads lie on the first axis: the others hold 65535 at most."""
+    printed = compilations("""
+from fastvid.kernels._shared import intervals, intervals_kernel
+from fastvid.kernels.masked_attention import kernel
+compile_only, grids = JITFunction.__getitem__, []
+JITFunction.__getitem__ = lambda self, grid: grids.append(grid) or compile_only(self, grid)
+q = torch.zeros(35000, 3, 2, 16)
+ends, table = torch.tensor([[0, 1, 3]]).int(), torch.ones(35000, 2, 2, dtype=torch.bool)
+tables = intervals.reference(table, ends, ends, None, None)
+intervals_kernel.launch(table, ends, ends, None, None)
+out, lse = kernel.launch_forward(q, q, q, *tables[:2], 1.0)
+kernel.launch_backward(out, q, q, q, out, lse, *tables, 1.0)
+print(*(f"{grid[0]}:{max(grid[1:], default=1)}" for grid in grids))
+""")
+    tiles = 70000 * (1 + 3)  # one tile of tokens, and one for each frame that leaves a part
+    assert printed.split() == [f"{35000 * 6}:1", *[f"{tiles}:1"] * 3]
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_tables_are_made_by_one_launch_and_kept(monkeypatch, rand):
+    """A GPU's tables: one kernel, nothing else that runs on the device, never again."""
+    from fastvid.kernels._shared import intervals, intervals_kernel
+
+    kernel, launches, ops = intervals_kernel._intervals, [], []
+
+    class Counted:
+        def __getitem__(self, grid):
+            def launch(*arguments, **constants):
+                launches.append(grid)
+                with _python_dispatch._disable_current_modes():  # the interpreter copies
+                    kernel[grid](*arguments, **constants)
+
+            return launch
+
+    class Ops(_python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            ops.append(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    def build(*given):
+        with Ops():
+            return intervals_kernel.launch(*given)
+
+    monkeypatch.setattr(intervals_kernel, "_intervals", Counted())
+    monkeypatch.setattr(intervals, "build", build)
+    visibility = visibility_of("identity")
+    q, k, v, dout = (rand(2, 16, 1, 16) for _ in range(4))
+    for _ in range(2):
+        launched(q, k, v, visibility, dout, 0.25)
+        ours(q, k, v, visibility, dout)
+    assert len(launches) == 1
+    assert set(ops) <= {"aten::empty", "aten::view", "aten::slice", "aten::detach"}, (
+        "what launches nothing"
+    )
 
 
 # ---- on the GPU
@@ -263,11 +341,20 @@ def test_gpu_compiles_once_and_launches_one_variant(rand):
     assert seen[0] == seen[-1]
 
 
-@pytest.mark.usefixtures("interpreter")
-def test_more_heads_than_a_grid_holds_are_refused():
-    from fastvid.kernels.masked_attention import kernel
+@pytest.mark.gpu
+def test_gpu_more_heads_than_an_axis_of_a_grid_holds(within_budget, rand):
+    visibility = visibility_of("identity", 2, "cuda")
+    visibility = Visibility(
+        visibility.table, visibility.queries, self_only=visibility.self_only[:1]
+    )
+    q, k, v, dout = (rand(70000, 8, 1, 16, dtype=torch.float16) for _ in range(4))
+    found = ours(q, k, v, visibility, dout)
+    check_budget(within_budget, found, q, k, v, visibility, dout, 0.25)
 
-    table, blocks = torch.empty(1, 3, 5), kernel.Blocks(64, 64, 4, 2)
-    assert kernel._grid(table, 100, 65535, blocks) == (5, 65535)
-    with pytest.raises(NotImplementedError, match=r"at most 65535, .* got B \* heads = 65536"):
-        kernel._grid(table, 100, 65536, blocks)
+
+@pytest.mark.gpu
+def test_gpu_more_samples_than_an_axis_of_a_grid_holds():
+    known = torch.arange(70000 * 2, device="cuda").view(70000, 2) % 3 == 0
+    found = Visibility.identity(FrameLayout([1, 2], device="cuda"), known)
+    wanted = Visibility.identity(FrameLayout([1, 2]), known.cpu())
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(tables(found), tables(wanted), strict=True))

@@ -19,3 +19,11 @@ def test_a_library_that_does_not_load_is_reported_once(tmp_path, monkeypatch, ca
     finally:
         native.failure.cache_clear()
     assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_cuda_kernels_are_there_only_in_a_library_that_has_them():
+    import torch
+
+    assert native.cuda_loaded() == hasattr(torch.ops.fastvid_cuda, "guided_step")
+    if torch.version.cuda is None:
+        assert not native.cuda_loaded()

@@ -31,8 +31,12 @@ def counters(number):
 
 def compiled_words(counter, seed):
     found = torch.empty_like(counter)
-    torch.ops.fastvid_cpp.philox_words(counter, seed, found)
+    _ops(seed).philox_words(counter, seed, found)
     return found
+
+
+def _ops(seed):
+    return torch.ops.fastvid_cuda if seed.is_cuda else torch.ops.fastvid_cpp
 
 
 def plain_words(counter, seed):
@@ -40,8 +44,8 @@ def plain_words(counter, seed):
 
 
 def compiled_normal(seed, count, stream):
-    out = torch.empty(len(seed), count)
-    torch.ops.fastvid_cpp.normal(seed, stream, out)
+    out = torch.empty(len(seed), count, device=seed.device)
+    _ops(seed).normal(seed, stream, out)
     return out
 
 
@@ -59,16 +63,20 @@ def test_published_vectors(counter, key, answer):
         assert draw(counter, seed).tolist() == [words(answer)]
 
 
-@pytest.mark.usefixtures("compiled")
-def test_cpp_has_the_words_and_the_normals():
+@pytest.mark.parametrize("place", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_compiled_code_has_the_words_and_the_normals(place, compiled):
+    if place == "cuda" and not native.cuda_loaded():
+        pytest.skip(f"the compiled library has no CUDA kernels: {native.BUILD}")
     counter = counters(1000)
     for seed in SEEDS:
         key = torch.full((1000,), seed)
-        assert torch.equal(compiled_words(counter, key), plain_words(counter, key))
+        found = compiled_words(counter.to(place), key.to(place))
+        assert torch.equal(found.cpu(), plain_words(counter, key))
     seed = torch.tensor(SEEDS)
     for stream in (0, 2**32 - 1):
-        found, wanted = (draw(seed, 4099, stream) for draw in (compiled_normal, philox.normal))
-        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+        found = compiled_normal(seed.to(place), 4099, stream)
+        wanted = philox.normal(seed, 4099, stream)
+        torch.testing.assert_close(found.cpu(), wanted, rtol=0, atol=1e-6)
 
 
 @pytest.mark.usefixtures("interpreter")

@@ -1,5 +1,8 @@
 """The promises of `FrameLayout` and `Visibility`, and of the interval tables behind them."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch.utils import _pytree as pytree
@@ -118,6 +121,48 @@ def test_both_are_pytrees_and_move():
     moved = Visibility.full(SIX).to("meta")
     assert moved.rows.is_meta
     assert (moved.sees_all, moved.queries.tokens) == (True, 14)
+
+
+def made_on(device, lengths=(2, 3, 1), known=(True, False, False), table=((True,) * 3,) * 3):
+    layout = FrameLayout(lengths if torch.is_tensor(lengths) else list(lengths), device=device)
+    return {
+        "full": Visibility.full(layout, FrameLayout([1, 5], device=device)),
+        "causal": Visibility.causal(layout),
+        "window": Visibility.window(layout, 0, 1),
+        "identity": Visibility.identity(layout, known),
+        "own frame": Visibility.identity(layout, known, rows="self_frame"),
+        "table": Visibility(table, layout, self_only=known, key_lengths=[1, 2, 1]),
+    }
+
+
+@pytest.mark.parametrize("name", made_on("cpu"))
+def test_the_host_keeps_what_it_was_told(name):
+    """Another device's tables again on the CPU, once; copied and pickled along."""
+    wanted, there = made_on("cpu")[name], made_on("meta")[name]
+    assert wanted.on_host() is wanted
+    assert wanted.to("meta").on_host() is wanted
+    for visibility in (there, copy.deepcopy(there), pickle.loads(pickle.dumps(there))):
+        found = visibility.on_host()
+        assert found is visibility.on_host()
+        for table in ("rows", "row_spans", "columns", "column_spans"):
+            assert torch.equal(getattr(found, table), getattr(wanted, table))
+    leaves, tree = pytree.tree_flatten(there)
+    assert pytree.tree_unflatten(leaves, tree).on_host() is None
+
+
+def test_the_host_does_not_know_what_only_a_device_holds():
+    lengths, known = torch.tensor([2, 3, 1]), torch.tensor([True, False, False])
+    assert all(v.on_host() is None for v in made_on("meta", lengths.to("meta")).values())
+    of_known = made_on("meta", known=known.to("meta"))
+    untold = {name for name, v in of_known.items() if v.on_host() is None}
+    assert untold == {"identity", "own frame", "table"}
+
+
+def test_a_list_that_changes_later_changes_nothing():
+    known = torch.tensor([True, False, False])
+    there = made_on("meta", known=known)["identity"]
+    known[1] = True
+    assert there.on_host().self_only.tolist() == [[True, False, False]]
 
 
 def test_it_is_built_on_the_meta_device():

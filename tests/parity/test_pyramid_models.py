@@ -10,6 +10,7 @@ from functools import cache
 import pytest
 import torch
 
+from benchmarks.rivals.pyramid_eager import PyramidFluxEager
 from fastvid.models.pyramid_columns import Column, arrange, clip_sizes, trimmed
 from fastvid.models.pyramid_flow import PyramidFlux, PyramidMMDiT
 from tests.parity.reference import cases, load, under
@@ -115,10 +116,7 @@ def test_gradients(path_of_weights, gradients):
     model, tensors = network(path_of_weights), load(path_of_weights)[1]
     model.zero_grad()
     loss(model, tensors).backward()
-    own = {name: value.grad for name, value in model.named_parameters()}
-    shadow = type(model)(model.config)
-    shadow.load_state_dict(own)
-    found = shadow.to_official_state_dict()
+    found = model.official_names({name: value.grad for name, value in model.named_parameters()})
     for name, reference in under(load(gradients)[1], "grad.").items():
         torch.testing.assert_close(found[name], reference, rtol=1e-4, atol=1e-7, msg=name)
 
@@ -166,17 +164,23 @@ def test_intermediates(path):
     batch, count = len(columns[0].latents), len(columns)
     temb = found["timestep"] + found["pooled"]
     close(temb.unflatten(0, (count, batch)).transpose(0, 1).flatten(0, 1), tensors["mid.temb"], "t")
-    text, video, _ = found["double0"]
-    close(torch.cat([x[:1] for x in video], 1), tensors["mid.double0.image"], "double0.image")
+    text, video, _ = (samples[::batch] for samples in map(by_sample, found["double0"]))
+    close(torch.cat(video, 1), tensors["mid.double0.image"], "double0.image")
     real = columns[0].text_lengths[0]
-    close(text[0][:1, :real], tensors["mid.double0.text"][:, :real], "double0.text")
+    close(text[0][:, :real], tensors["mid.double0.text"][:, :real], "double0.text")
     last = f"mid.single{getattr(model.config, 'single_blocks', 0) - 1}"
     if (reference := tensors.get(last)) is None:
         return
     end = 0
-    for c, (column, x) in enumerate(zip(columns, found["last"][0], strict=True)):
+    firsts = by_sample(found["last"][0])[::batch]
+    for c, (column, x) in enumerate(zip(columns, firsts, strict=True)):
         end += column.text.shape[1] + int(tensors["mid.hidden_length"][c])
-        close(x[:1], reference[:, end - x.shape[1] : end], last)  # only these go on
+        close(x, reference[:, end - x.shape[1] : end], last)  # only these go on
+
+
+def by_sample(streams):
+    """Columns of samples, or of several each, as one tensor per sample."""
+    return [sample for x in streams if x is not None for sample in x.split(1)]
 
 
 def test_official_weights_come_back_bit_for_bit(path):
@@ -184,3 +188,24 @@ def test_official_weights_come_back_bit_for_bit(path):
     back = network(path).to_official_state_dict()
     assert back.keys() == weights.keys()
     assert all(torch.equal(back[name], weights[name]) for name in weights)
+
+
+def test_the_rival_of_the_benchmark_is_the_official_model(path):
+    tensors = load(path)[1]
+    if not isinstance(network(path), PyramidFlux):
+        pytest.skip("the rival is miniFLUX")
+    rival = PyramidFluxEager(network(path).config)
+    rival.load_state_dict(under(tensors, "state."))
+    columns = columns_of(tensors)
+    inputs = ("timestep_ratio", "encoder_hidden_states", "encoder_attention_mask")
+    timestep, text, valid = (tensors[f"in.{name}"] for name in inputs)
+    with torch.no_grad():
+        outputs = rival(
+            [[*column.history, column.latents] for column in columns],
+            timestep,
+            text,
+            valid.bool(),
+            tensors["in.pooled_projections"],
+        )
+    for c, out in enumerate(outputs):
+        close(out, tensors[f"out.{c}"], f"out.{c}")

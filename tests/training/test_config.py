@@ -95,6 +95,21 @@ def test_numbers_may_be_written_as_yaml_reads_them(tmp_path):
     assert read_config(path) == config_from(values)
 
 
+def test_a_file_without_a_family_is_of_vdt(tmp_path):
+    """Runs from before there were families go on."""
+    config = RECIPES["vdt-demo"]()
+    write_config(config, tmp_path / "config.yaml")
+    text = (tmp_path / "config.yaml").read_text()
+    assert "family: vdt\n" in text
+    (tmp_path / "config.yaml").write_text(text.replace("family: vdt\n", "", 1))
+    assert read_config(tmp_path / "config.yaml") == config
+
+
+def test_an_unknown_family_is_refused():
+    with pytest.raises(ValueError, match="family must be one of vdt, mardini, got 'gan'"):
+        config_from({"family": "gan"})
+
+
 def test_yaml_tags_do_not_run(tmp_path):
     path = tmp_path / "wrong.yaml"
     path.write_text(f"run: !!python/object/apply:os.mkdir [{tmp_path / 'trap'}]")
