@@ -9,10 +9,11 @@ stream of tokens into and out of every block.
 from dataclasses import dataclass
 
 from benchmarks.papers import memory
-from fastvid.models.mardini import MarDiniConfig
+from fastvid.models.mardini import MARDINI_L_T, MARDINI_S_T, MarDiniConfig
 from fastvid.models.vdt import VDT_L, VDT_S, VDTConfig
 
 VDT_SIZES = {"S": VDT_S, "L": VDT_L}
+MARDINI_SIZES = {"S": MARDINI_S_T, "L": MARDINI_L_T}
 
 
 @dataclass(frozen=True)

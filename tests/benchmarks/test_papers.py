@@ -13,6 +13,7 @@ from benchmarks import papers, rows
 from benchmarks.models import bench_vdt
 from benchmarks.papers import memory, tables, work
 from benchmarks.rivals.vdt_eager import VDTEager
+from fastvid.models.mardini import MARDINI_TINY, MarDini
 from fastvid.models.vdt import VDT, VDTConfig
 
 
@@ -293,6 +294,32 @@ def test_the_memory_model_is_within_a_tenth_of_what_is_allocated(config, batch):
     moments = 2 * weights
     measured = weights + moments + _allocated(step)
     assert memory.vdt_training(config, batch) == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("frames", "cells", "changes"),
+    [(5, 16, {}), (9, 8, {"depth": 2}), (3, 16, {"attention": "clip", "mlp": 256})],
+)
+def test_the_memory_model_of_mardini_is_within_a_tenth_too(frames, cells, changes):
+    generator = replace(MARDINI_TINY.generator, **changes)
+    config = replace(MARDINI_TINY, generator=generator)
+    model = MarDini(config).eval()
+    latents = torch.randn(1, config.channels, frames, cells, cells)
+    low = torch.randn(1, config.channels, frames, config.planner.side, config.planner.side)
+    known = torch.zeros(1, frames, dtype=torch.bool)
+    known[:, 0] = True
+
+    def video():
+        with torch.inference_mode():
+            planning = model.project(model.plan(low, known))
+            for step in (999, 499):
+                model(latents, torch.tensor([step]), known=known, planning=planning)
+
+    video()
+    beyond = memory.mardini(config, frames, cells, width=4) - sum(
+        p.nbytes for p in model.parameters()
+    )
+    assert beyond == pytest.approx(_allocated(video), rel=0.1)
 
 
 def test_a_batch_that_fits_by_the_published_evidence_fits_by_the_model():
