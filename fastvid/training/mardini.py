@@ -211,7 +211,8 @@ def sampler_of(
             low = _low(model, codec, video, start, real, known, clean, drawn)
             scale = guidance
             if scale is None:
-                scale = GUIDANCE if (known.sum(1) == 1).all() else 1.0
+                # One step alone is the mean of what may be, which guidance would shift.
+                scale = GUIDANCE if len(schedule) > 1 and (known.sum(1) == 1).all() else 1.0
             return mardini.sample(
                 model,
                 noise,

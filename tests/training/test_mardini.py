@@ -355,6 +355,22 @@ def test_guidance_is_the_papers_from_one_frame_and_none_between_frames(awake, vi
         assert not torch.allclose(made[None], made[4.0], atol=1e-3)
 
 
+def test_a_single_step_is_the_mean_and_not_guided(awake, video):
+    """The row of scores that stands for the posterior mean."""
+    made = [
+        made_by(
+            awake,
+            video,
+            "predict",
+            given=1,
+            steps=1,
+            sampler_of=mardini.sampler_of(awake, CODEC, STAGE, guidance=guidance)[0],
+        ).video
+        for guidance in (None, 1.0)
+    ]
+    assert torch.equal(*made)
+
+
 def test_known_frames_computed_once_change_nothing(awake, video, monkeypatch):
     zero = MarDini(replace(MODEL, generator=replace(MODEL.generator, ref_t="zero"))).eval()
     zero.load_state_dict(awake.state_dict())
