@@ -83,6 +83,14 @@ GOALS = [
     Goal("vdt/sample L/2 * bfloat16", "wall_ratio_p50", 2.0, 2.5),
     Goal("pyramid_flow/backward bfloat16", "wall_ratio_p50", 2.0, 2.5),
     Goal("pyramid_flow/call 2 bfloat16", "wall_ratio_p50", 2.0, 2.5),
+    Goal("mardini/sample L/T asymmetric frames=13 side=512 *", "of_matmul", 0.60, 0.70),
+    Goal(
+        "mardini/sample L/T asymmetric frames=13 side=512 *",
+        "peak_mib",
+        11_444,  # 12 GB
+        9_500,
+        at_most=True,
+    ),
     Goal(
         "masked_attention/known 4 of 16 forward *",
         "rate of masked_attention/dense 64 forward *",
