@@ -42,6 +42,7 @@ GOALS = [
     Goal("masked_attention/causal 16 forward *", "over eager", 5.0, 10.0),
     Goal("masked_attention/MarDini G joint forward *", "over sliced", 1.0, 1.1),
     Goal("masked_attention/VDT causal forward *", "over sliced", 1.5, 2.0),
+    Goal("masked_attention/tables B=1 F=16 bool", "us", 30.0, 10.0, at_most=True),
     Goal(
         "asymmetric_attention/frame * forward * Nk=1024 * E=64 *",
         "rate of masked_attention/dense 64 forward *",

@@ -14,6 +14,7 @@ from benchmarks.kernels import (
     bench_guided_step,
     bench_masked_attention,
     bench_modulate,
+    bench_pyramid_renoise,
     bench_temporal_attention,
 )
 
@@ -60,14 +61,18 @@ def test_flops_by_hand():
     (windowed,) = (c for c in cases if c.name == "forward, window" and c.dtype == torch.float32)
     pairs = 3 + 4 + 5 + 4 + 3  # two frames before and two after, of five
     assert windowed.flops == 2 * 2 * 8 * 2 * pairs * 24
-    assert bench_masked_attention.flops(False, 100.0, B=1, heads=2, E=8) == 5 * 2 * 100 * 2 * 8
+    assert bench_masked_attention.flops("backward", 100.0, B=1, heads=2, E=8) == 5 * 2 * 1600
+    both = bench_masked_attention.flops("forward and backward", 100.0, B=1, heads=2, E=8)
+    assert both == 7 * 2 * 1600
 
 
 def test_bytes_by_hand():
     one = 2 * 64 * 2 * 16 * 4  # a float32 tensor of (2, 64, 2, 16)
     count = bench_masked_attention.bytes_moved
-    assert count(True, B=2, N=64, heads=2, E=16, itemsize=4) == 4 * one  # q k v | out
-    assert count(False, B=2, N=64, heads=2, E=16, itemsize=4) == 8 * one  # q k v out dout | 3
+    sizes = {"B": 2, "N": 64, "heads": 2, "E": 16, "itemsize": 4}
+    assert count("forward", **sizes) == 4 * one  # q k v | out
+    assert count("backward", **sizes) == 8 * one  # q k v out dout | dq dk dv
+    assert count("forward and backward", **sizes) == 12 * one
     count = bench_temporal_attention.bytes_moved
     assert count(True, B=2, T=8, N=8, heads=2, E=16, itemsize=4) == 4 * one  # q k v | out
     assert count(False, B=2, T=8, N=8, heads=2, E=16, itemsize=4) == 7 * one  # q k v dout | 3
@@ -80,6 +85,9 @@ def test_bytes_by_hand():
     # state and two bfloat16 branches | state; where known, clean | state
     assert count((2, 3, 4, 8, 8), torch.bfloat16) == (4 + 2 * 2 + 4) * numbers
     assert count((2, 3, 4, 8, 8), torch.float32, 0.25) == (4 + 2 * 4 * 0.75 + 4) * numbers
+    count, numbers = bench_pyramid_renoise.nbytes, 2 * 3 * 4 * 8 * 8
+    assert count((2, 3, 4, 8, 8), torch.float32, given=False) == (1 + 4) * 4 * numbers  # x | out
+    assert count((2, 3, 4, 8, 8), torch.bfloat16, given=True) == (1 + 4 + 4) * 2 * numbers  # noise
 
 
 def counts_of(room, column="nbytes"):
