@@ -8,22 +8,16 @@ codec does is not part of it. `--paper` measures the cells of the paper's tables
 
 import argparse
 import itertools
-import json
-import math
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import harness, machine, rows
-from benchmarks.models.bench_vdt import VALUES, Results, agree, errors
-from benchmarks.models.duel import Contender, duel, serve
+from benchmarks.models import command
+from benchmarks.models.command import thinned
 from benchmarks.papers import work
 from benchmarks.papers.tables import PUBLISHED
 from benchmarks.rivals.mardini_eager import MarDiniEager
@@ -142,24 +136,14 @@ def prepare(spec: dict[str, Any]) -> tuple[Callable[[], Tensor], Callable[[Tenso
         results = {"result": result.detach().float().cpu()}
         if not inference:
             grads = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
-            results |= {f"gradient of {name}": _some(grad) for name, grad in grads.items()}
+            results |= {f"gradient of {name}": thinned(grad) for name, grad in grads.items()}
         torch.save(results, spec["save"])
 
     return {"sample": sample, "forward": forward, "backward": backward}[spec["job"]], save
 
 
-def _some(values: Tensor) -> Tensor:
-    flat = values.detach().flatten()
-    return flat[:: -(-len(flat) // VALUES)].float().cpu().clone()
-
-
-def measure(spec: dict[str, Any], *, limit: float = math.inf, **pace: Any) -> dict[str, Any]:
-    """One row: times, memory and the match; `pace` is the turns, rounds and seconds of the duel.
-
-    Raises:
-        RuntimeError: it cannot be measured in `limit` seconds.
-    """
-    end = time.monotonic() + limit
+def measure(spec: dict[str, Any], **pace: Any) -> dict[str, Any]:
+    """One row; `pace` as `command.measure` takes it."""
     config = config_of(spec)
     with torch.device("meta"):
         weights = sum(value.numel() for value in MarDini(config).parameters())
@@ -169,23 +153,7 @@ def measure(spec: dict[str, Any], *, limit: float = math.inf, **pace: Any) -> di
     need = 1000 + (8 * weights + 8 * spec["batch"] * pairs) / 2**20  # the rival's bias, twice
     if spec["job"] == "backward":  # about 40 streams of the width per block are kept
         need += 160 * spec["batch"] * tokens * config.generator.dim * config.generator.depth / 2**20
-    with tempfile.TemporaryDirectory() as folder:
-        files = {name: str(Path(folder, name)) for name in ("fastvid", "eager", "exact")}
-        specs = {name: {**spec, "rival": name, "save": file} for name, file in files.items()}
-        exact = specs.pop("exact") | {"rival": "eager", "dtype": "float32", "compile": False}
-        if spec["dtype"] == "float32":
-            files["exact"] = files["eager"]
-        else:
-            with Contender(__spec__.name, exact, end) as contender:
-                contender.finish()
-        row = duel(__spec__.name, specs, **pace, need_mib=need, end=end)
-        found: dict[str, Results] = {
-            name: torch.load(file, weights_only=True) for name, file in files.items()
-        }
-    ours, theirs = (errors(found[name], found["exact"]) for name in ("fastvid", "eager"))
-    row |= {"error": max(ours.values()), "eager_error": max(theirs.values())}
-    row["match"] = agree(ours, theirs)
-    return {"case": label(spec), **spec, **counts(spec), **row}
+    return command.measure(__spec__.name, label(spec), spec, need, **pace) | counts(spec)
 
 
 def counts(spec: dict[str, Any]) -> dict[str, Any]:
@@ -224,7 +192,7 @@ def label(spec: dict[str, Any]) -> str:
 
 def within(spec: dict[str, Any], seconds: float) -> dict[str, Any]:
     """The row in so many seconds at most; 0: in as few calls as give a spread."""
-    return measure(spec, turns=1, rounds=5, seconds=seconds / 4, limit=seconds or math.inf)
+    return measure(spec, **command.within(seconds))
 
 
 def specs(device: torch.device, quick: bool) -> list[dict[str, Any]]:
@@ -250,25 +218,9 @@ def specs(device: torch.device, quick: bool) -> list[dict[str, Any]]:
     ]
 
 
-def line(row: dict[str, Any]) -> str:
-    return (
-        f"{row['case']:<72} {row['fastvid_p50_ms']:9.0f} ms against {row['eager_p50_ms']:9.0f}"
-        f"   {row['wall_ratio_p50']:5.2f}x ({row['wall_ratio_p20']:.2f} to"
-        f" {row['wall_ratio_p80']:.2f}; cpu time {row['cpu_ratio_p50']:.2f}x)"
-        f"   peak {row['fastvid_peak_mib']:6.0f} MiB, {row['peak_ratio']:.2f} of theirs,"
-        f" beyond the weights {row['extra_ratio']:.2f}"
-        f"   {'match' if row['match'] else 'NO MATCH'} ({row['error']:.0e})"
-        f"{' one after the other' if row['apart'] else ''}"
-    )
-
-
 def main(argv: list[str]) -> int:
     """0 when every result matches and no time ratio is below the floor."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks models mardini", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--contender", help=argparse.SUPPRESS)
-    parser.add_argument("--quick", action="store_true", help="two blocks, few rounds")
+    parser = command.options("mardini", __doc__)
     parser.add_argument("--paper", action="store_true", help="the published cells, bfloat16")
     parser.add_argument("--size", nargs="+", choices=SIZES, default=["tiny"])
     parser.add_argument("--attention", nargs="+", choices=["T", "ST"], default=["T", "ST"])
@@ -277,31 +229,17 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--frames", nargs="+", type=int, default=[13])
     parser.add_argument("--side", nargs="+", type=int, default=[128], help="pixels, 8 per cell")
-    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
     parser.add_argument("--job", nargs="+", choices=JOBS, default=JOBS)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="torch.compile on both sides")
     parser.add_argument("--guided", action="store_true", help="two calls a step, samples only")
     parser.add_argument("--steps", type=int, default=25, help="of DDIM in a sample")
-    parser.add_argument("--turns", type=int, default=3, help="pairs of fresh processes per row")
-    parser.add_argument("--rounds", type=int, default=3, help="per turn, at least")
-    parser.add_argument("--seconds", type=float, default=5, help="per turn, at least")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--floor", type=float, default=0, help="fail below this time ratio")
-    parser.add_argument("--out", type=Path, help="append the rows to this JSONL file")
-    parser.add_argument("--save", action="store_true", help="renew them in benchmarks/results")
     arguments = parser.parse_args(argv)
-    if arguments.contender:
-        spec = json.loads(arguments.contender)
-        serve(lambda: prepare(spec), torch.device(spec["device"]))
-        return 0
-    with machine.pinned(arguments.threads):
-        return _run(arguments)
+    return command.run(arguments, prepare, _asked(arguments), measure)
 
 
 def _asked(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    fixed = ("batch", "steps", "compile", "threads", "device", "quick")
+    fixed = ("batch", "steps", "compile")
     common = {name: getattr(arguments, name) for name in fixed}
     if arguments.paper:
         names = ("size", "temporal", "asymmetric", "frames", "side")
@@ -322,24 +260,6 @@ def _asked(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         spec = {"job": job, "size": size, "frames": frames, "side": side, "dtype": dtype}
         spec |= {"temporal": kind == "T", "asymmetric": resolution == "asymmetric"}
         yield common | spec | {"guided": arguments.guided and job == "sample"}
-
-
-def _run(arguments: argparse.Namespace) -> int:
-    device = torch.device(arguments.device)
-    here = machine.environment(device) | machine.measure_ceilings(device, arguments.quick)
-    print(f"{here['machine']}, torch {here['torch']}, {arguments.threads} threads")
-    good = True
-    for spec in _asked(arguments):
-        turns, rounds, seconds = arguments.turns, arguments.rounds, arguments.seconds
-        if arguments.quick:
-            turns, rounds, seconds = 1, 2, 0
-        row = {**here, **measure(spec, turns=turns, rounds=rounds, seconds=seconds)}
-        print(line(row), flush=True)
-        harness.append(arguments.out, [row])
-        if arguments.save:
-            rows.save(rows.RESULTS / machine.folder(device) / "mardini.jsonl", [row])
-        good = good and row["match"] and row["wall_ratio_p50"] >= arguments.floor
-    return 0 if good else 1
 
 
 if __name__ == "__main__":

@@ -3,22 +3,42 @@
 Decoders, the CUDA context and what a matrix product needs besides are not counted.
 """
 
+import torch
+
+from fastvid.models.mardini import MarDini, MarDiniConfig
 from fastvid.models.vdt import VDTConfig
 
-PLANNERS = {"S": 1_342_000_000, "L": 3_221_000_000}  # parameters; the paper's text leaves 3 % open
-GENERATOR = 289_000_000
+PYRAMID_FLOW = {"miniFLUX": 1_972_059_200, "MMDiT": 2_028_334_144}  # parameters
+PYRAMID_WIDTHS, PYRAMID_TEXT = {"miniFLUX": 1920, "MMDiT": 1536}, 128
 
 
-def mardini(size: str, frames: int, side: int, *, asymmetric: bool) -> int:
-    """Sampling in bfloat16, weights resident: the larger of planning and one generator block."""
-    weights = 2 * (PLANNERS[size] + GENERATOR)
-    low = frames * ((256 if asymmetric else side) // 8) ** 2
-    fine = frames * (side // 8) ** 2
-    keys_and_values = 2 * 8 * 2 * low * 1024
-    # Of a block: the stream, its norm, then q, k, v and the result, or the MLP's hidden layer.
-    planning = 2 * low * (2 * 4096 + max(4 * 4096, 8192))
-    generating = 2 * fine * (2 * 1024 + max(4 * 1024, 4096))
-    return weights + max(planning, keys_and_values + generating)
+def mardini(config: MarDiniConfig, frames: int, cells: int, width: int = 2) -> int:
+    """Sampling a clip of `cells` x `cells`, weights resident, `width` bytes a number.
+
+    The larger of planning and of one block of the generator beside all keys and values.
+    """
+    with torch.device("meta"):
+        weights = sum(value.numel() for value in MarDini(config).parameters())
+    planner, generator = config.planner, config.generator
+    low = frames * (planner.side // planner.patch) * (planner.side // planner.patch + 1)
+    fine = frames * (cells // generator.patch) ** 2
+    # Of a block: the stream before and behind it and its norm, then q, k and v before and behind
+    # their norms and turns, or the MLP's hidden layer and result.
+    planning = low * (2 * planner.dim + max(6 * planner.dim, planner.mlp + planner.dim))
+    generating = fine * (3 * generator.dim + max(5 * generator.dim, generator.mlp + generator.dim))
+    keys_and_values = 2 * generator.depth * low * generator.dim
+    return width * (weights + max(planning, keys_and_values + generating))
+
+
+def pyramid_flow(model: str, longest: int) -> int:
+    """Sampling in bfloat16 with guidance, weights resident, in the call of most image tokens.
+
+    Of a block: the stream, its norm, then q, k, v and the result, or the MLP's hidden layer;
+    miniFLUX's single blocks hold both of these at once.
+    """
+    rows = {"miniFLUX": 2 + 4 + 4, "MMDiT": 2 + 4}[model]
+    tokens = 2 * (PYRAMID_TEXT + longest)
+    return 2 * (PYRAMID_FLOW[model] + tokens * rows * PYRAMID_WIDTHS[model])
 
 
 def vdt_weights(config: VDTConfig) -> int:

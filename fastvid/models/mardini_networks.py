@@ -186,33 +186,6 @@ class GeneratorBlock(nn.Module):
             return part_of(context)
         return PlanningKV(*map(part_of, context))
 
-    def _within(self, x: Tensor, times: Tensor, stream: Stream) -> tuple[Tensor, Tensor]:
-        """Attention within frames, and the norm for that between them."""
-        shift, scale, gate = self.spatial_condition(times)
-        h = self.spatial(norm_modulate(x, shift, scale, rms=True, eps=EPS), stream)
-        return _add_norm(x, h, self.between_norm, gate)
-
-    def _after(
-        self,
-        x: Tensor,
-        h: Tensor | None,
-        plan: Tensor,
-        context: Context,
-        count: int,
-        unwanted: Tensor | None = None,
-    ) -> Tensor:
-        """Cross-attention and MLP behind the attention between frames, which found h."""
-        if h is None:
-            y = norm_modulate(x, *_weight(self.cross_norm), rms=True, eps=EPS)
-        else:
-            x, y = _add_norm(x, h, self.cross_norm)
-        if isinstance(context, Tensor):
-            context = self.cross.project_context(context)
-        h = self.cross(y.unflatten(1, (count, -1)), context, unwanted).flatten(1, 2)
-        shift, scale, gate = self.mlp_condition(plan)
-        x, y = gated_residual_norm_modulate(x, h, None, shift, scale, rms=True, eps=EPS)
-        return gated_residual(x, self.mlp(y), gate)
-
 
 class MarDiniGenerator(nn.Module):
     """Noisy latents and a plan to velocities."""

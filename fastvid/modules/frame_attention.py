@@ -166,18 +166,18 @@ def clip_visibility(
     """
     layout = _layout(keys, tokens, device)
     if known is None or identity == "none":
-        return Visibility.full(
-            layout if queries == keys else _layout(queries, tokens, device), layout
-        )
-    rows: Literal["self_token", "self_frame"] = (
-        "self_frame" if identity == "self_frame" else "self_token"
+        return Visibility.full(_layout(queries, tokens, device), layout)
+    return Visibility.identity(
+        layout, known, "self_frame" if identity == "self_frame" else "self_token"
     )
-    return Visibility.identity(layout, known, rows)
 
 
 def _layout(frames: int, tokens: int, device: torch.device) -> FrameLayout:
-    # Made on the host, which then knows the sizes too; a compiled graph must not.
-    at = device if torch.compiler.is_compiling() else torch.device("cpu")
+    # Made on the host, which then knows the sizes too; a graph must not, compiled or captured.
+    graph = torch.compiler.is_compiling() or (
+        device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    )
+    at = device if graph else torch.device("cpu")
     return FrameLayout(torch.full((frames,), tokens, device=at), device=device)
 
 

@@ -26,7 +26,7 @@ from .._shared.tiles import (
     precision,
     split,
     store_tile,
-)  # fmt: skip
+)
 from .._shared.variants import Variant
 from .._shared.views import bytes_of, merges, rows_together, steps_of
 
@@ -49,7 +49,7 @@ FORWARD = {
         128: Blocks(128, 32, 8, 3),
         256: Blocks(64, 32, 8, 2),
     },
-    32: {64: Blocks(32, 32, 4, 2), 128: Blocks(32, 32, 8, 2), 256: Blocks(16, 16, 8, 2)},
+    32: {64: Blocks(64, 32, 8, 2), 128: Blocks(32, 32, 8, 2), 256: Blocks(16, 16, 8, 2)},
 }
 BACKWARD_Q = {
     16: {

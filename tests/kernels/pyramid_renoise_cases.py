@@ -13,14 +13,6 @@ ENDPOINTS = torch.ops.fastvid.stage_endpoints.default
 GAMMAS = [1 / 3, 0.2, 1e-3]
 KINDS = ["normals", "blocks", "drawn"]
 LEVELS = 0.59988003, 0.69302812  # alpha and beta of the first jump
-LAYOUTS = {
-    "contiguous": lambda t: t,
-    "channels of more": lambda t: torch.cat([t, t, t], 1)[:, t.shape[1] : 2 * t.shape[1]],
-    "every other frame": lambda t: t.repeat_interleave(2, dim=2)[:, :, ::2],
-    "frames before channels": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
-    "channels last": lambda t: t.movedim(1, -1).contiguous().movedim(-1, 1),
-    "one sample, expanded": lambda t: t[:1].expand(t.shape),
-}
 
 
 def noise_of(kind, x, dtype=None):
@@ -64,6 +56,9 @@ def judge(within_budget, found, plain, exact, name="result"):
     assert found.is_contiguous()
     if found.dtype == torch.float64:  # no finer reference to judge it by
         torch.testing.assert_close(found, exact, rtol=1e-14, atol=1e-14)
+    elif 0 < found.numel() < 64:  # of so few the root mean square is luck
+        error, allowed = ((t.double() - exact).abs().max() for t in (found, plain))
+        assert error <= 2 * allowed + torch.finfo(found.dtype).eps * exact.abs().max(), name
     else:
         within_budget(found, plain, exact, name)
 

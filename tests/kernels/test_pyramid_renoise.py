@@ -14,12 +14,12 @@ from fastvid.functional import (
 )
 from fastvid.kernels._shared import paths
 from fastvid.kernels.pyramid_renoise import reference
+from tests.kernels.noising_cases import LAYOUTS
 from tests.kernels.pyramid_renoise_cases import (
     ENDPOINTS,
     GAMMAS,
     HALVE,
     KINDS,
-    LAYOUTS,
     LEVELS,
     RENOISE,
     check_endpoints,

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from fastvid.functional import latent_pyramid, pyramid_renoise, stage_endpoints
+from tests.kernels.noising_cases import LAYOUTS
 from tests.kernels.pyramid_renoise_cases import (
     ENDPOINTS,
     GAMMAS,
     HALVE,
     KINDS,
-    LAYOUTS,
     LEVELS,
     RENOISE,
     check_endpoints,
