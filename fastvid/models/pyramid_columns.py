@@ -100,6 +100,19 @@ def trimmed(column: Column) -> Column:
     return column._replace(text=column.text[:, : max(lengths)])
 
 
+def by_sample(column: Column) -> list[Column]:
+    """On a CPU one column per sample if their texts differ in length, so that none is padded."""
+    lengths = _on_host(column.text_lengths)
+    if lengths is None or len(set(lengths)) == 1 or column.latents.device.type != "cpu":
+        return [column]
+    *tensors, history = column
+    samples = zip(*(tensor.split(1) for tensor in tensors), strict=True)
+    return [
+        Column._make([*sample, [clip[b : b + 1] for clip in history]])
+        for b, sample in enumerate(samples)
+    ]
+
+
 def check_prefix(column: Column, sizes: Sequence[Size], prefix: Prefix | None, keep: int) -> None:
     """Refuse a prefix that is of another history, and frames to keep that are not there."""
     tokens = _frame_tokens(sizes)

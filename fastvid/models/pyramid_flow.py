@@ -9,6 +9,7 @@ no later frame; all tokens share one timestep. Written from the published descri
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from fastvid.models.pyramid_columns import (
     Prefix,
     Size,
     arrange,
+    by_sample,
     check,
     check_prefix,
     clip_sizes,
@@ -183,6 +185,9 @@ class _PyramidModel(HubModel):
                 history.
         """
         column = Column(latents, timestep, text, text_lengths, pooled, history)
+        if prefix is None:
+            return self._packed([column])[0]
+        check(column, self.config)
         return self._run([column], prefix)[0][0]
 
     def packed(self, columns: Sequence[Column]) -> list[Tensor]:
@@ -195,7 +200,7 @@ class _PyramidModel(HubModel):
         """
         if not columns:
             raise ValueError("columns must hold at least one Column, got none")
-        return self._run(columns)[0]
+        return self._packed(columns)
 
     def extend(
         self,
@@ -218,17 +223,26 @@ class _PyramidModel(HubModel):
         if keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}")
         column = Column(latents, timestep, text, text_lengths, pooled, history)
+        check(column, self.config)
         with torch.no_grad():
             (out,), found = self._run([column], prefix, keep)
         assert found is not None
         return out, found
 
+    def _packed(self, columns: Sequence[Column]) -> list[Tensor]:
+        for index, column in enumerate(columns):
+            check(column, self.config, f"columns[{index}]." if len(columns) > 1 else "")
+        groups = [by_sample(column) for column in columns]
+        outputs, _ = self._run([column for group in groups for column in group])
+        ends = list(accumulate(len(group) for group in groups))
+        parts = [outputs[a:b] for a, b in pairwise([0, *ends])]
+        return [part[0] if len(part) == 1 else torch.cat(part) for part in parts]
+
     def _run(
         self, columns: Sequence[Column], prefix: Prefix | None = None, keep: int = 0
     ) -> tuple[list[Tensor], Prefix | None]:
+        """The velocities of checked columns, and what the first one keeps."""
         config = self.config
-        for index, column in enumerate(columns):
-            check(column, config, f"columns[{index}]." if len(columns) > 1 else "")
         columns = [trimmed(column) for column in columns]
         sizes = [clip_sizes(column, config.patch) for column in columns]
         for its_sizes in sizes:

@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from fastvid.modules.checkpoints import read_json
+from fastvid.modules.hub import read_json
 
 _TABLE = "pos_embed.pos_embed"  # of the MMDiT: sinusoids, which we compute
 _ENDS = {  # ours: official

@@ -1,6 +1,5 @@
 """Weights that others saved: a file, a folder with one file or an index of shards, or a dict."""
 
-import json
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvid.modules.hub import read_weights
+from fastvid.modules.hub import read_json, read_weights
 
 _PATTERNS = ("*.index.json", "*.safetensors", "*.bin", "*.pt", "*.pth")  # the first that is there
 
@@ -34,17 +33,6 @@ def read(source: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
             f"{type(state[others[0]]).__name__}, among the keys {keys:.200}; pass the inner dict"
         )
     return dict(state)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds, or ValueError."""
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(found).__name__}")
-    return found
 
 
 def _load(path: Path) -> Any:

@@ -74,12 +74,7 @@ def read_config(path: Path, config_class: type) -> Any:
         ValueError: not a JSON object, a key that the class does not have, or a value it refuses.
         TypeError: a value of another type than the class wants.
     """
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}")
+    values = read_json(path)
     known = {field.name for field in fields(config_class)}
     if unknown := sorted(set(values) - known):
         raise ValueError(f"{path} has keys unknown to {config_class.__name__}: {unknown}")
@@ -87,6 +82,17 @@ def read_config(path: Path, config_class: type) -> Any:
         return config_class(**values)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{path}: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds, or ValueError."""
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}")
+    return values
 
 
 def expect_types(config: Any) -> None:

@@ -32,6 +32,14 @@ class KV(NamedTuple):
     v: Tensor
 
 
+class QKV(NamedTuple):
+    """Of one column, (B, N, heads, E) each."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
 class Scene(NamedTuple):
     """What a block must know of a column, whose tokens are the text's and then the frames'."""
 
@@ -58,23 +66,6 @@ class Stream(nn.Module):
         if not ends:
             self.proj = nn.Linear(dim, dim)
             self.mlp = MLP(dim, 4 * dim)
-
-    def rows(self, condition: Tensor, columns: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
-        """The modulation of each column: its rows, (B, D) each."""
-        return modulation_rows(self.modulation, condition, columns)
-
-    def attend_from(
-        self,
-        columns: list[Tensor],
-        rows: list[tuple[Tensor, ...]],
-        rotary: Sequence[Rotary | None],
-    ) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """q, k and v of each column, (B, N, heads, E)."""
-        packed = apply_linear(self.qkv, modulated(columns, [row[:2] for row in rows]))
-        return [
-            (*_normed(self, q, k, turn), v)
-            for (q, k, v), turn in zip(_qkv(packed, columns, self.heads), rotary, strict=True)
-        ]
 
     def go_on(
         self, columns: list[Tensor], rows: list[tuple[Tensor, ...]], attended: list[Tensor]
@@ -107,18 +98,20 @@ class JointBlock(nn.Module):
             Text, video and what the scenes keep. Of the last block: no text, and the video tokens
             that ask.
         """
-        text_rows = self.text.rows(condition, text) if text else []
-        video_rows = self.video.rows(condition, video)
+        video_rows = modulation_rows(self.video.modulation, condition, video)
         lengths = [x.shape[1] for x in text] or [0] * len(video)
         turns = [
             scene.rotary._replace(rows=scene.rotary.rows[:, length:])
             for scene, length in zip(scenes, lengths, strict=True)
         ]
-        asked = self.video.attend_from(video, video_rows, turns)
+        x = modulated(video, [row[:2] for row in video_rows])
+        asked = project(self.video, x, video, turns)
         if text:  # it stands at position 0, where nothing is turned
-            first = self.text.attend_from(text, text_rows, [None] * len(text))
+            text_rows = modulation_rows(self.text.modulation, condition, text)
+            x = modulated(text, [row[:2] for row in text_rows])
+            first = project(self.text, x, text, [None] * len(text))
             asked = [
-                tuple(torch.cat(pair, 1) for pair in zip(*both, strict=True))  # type: ignore[misc]
+                QKV(*(torch.cat(pair, 1) for pair in zip(*both, strict=True)))
                 for both in zip(first, asked, strict=True)
             ]
         attended, kept = attend(asked, scenes)
@@ -154,11 +147,7 @@ class SingleBlock(nn.Module):
         x: Tensor | Deferred = modulated(columns, [row[:2] for row in rows])
         if not torch.is_grad_enabled():
             x = materialise(x)  # for both linear layers
-        packed = apply_linear(self.qkv, x)
-        asked = [
-            (*_normed(self, q, k, scene.rotary), v)
-            for (q, k, v), scene in zip(_qkv(packed, columns, self.heads), scenes, strict=True)
-        ]
+        asked = project(self, x, columns, [scene.rotary for scene in scenes])
         attended, kept = attend(asked, scenes)
         if any(s.asking < c.shape[1] for c, s in zip(columns, scenes, strict=True)):
             columns = [c[:, -s.asking :] for c, s in zip(columns, scenes, strict=True)]
@@ -195,9 +184,24 @@ def modulated(columns: Sequence[Tensor], rows: Sequence[Sequence[Tensor]]) -> De
     return Deferred(_modulated, (*columns, *shifts, *scales))
 
 
-def attend(
-    asked: Sequence[tuple[Tensor, Tensor, Tensor]], scenes: Sequence[Scene]
-) -> tuple[list[Tensor], list[KV | None]]:
+def project(
+    block: "Stream | SingleBlock",
+    x: Tensor | Deferred,
+    columns: Sequence[Tensor],
+    turns: Sequence[Rotary | None],
+) -> list[QKV]:
+    """q, k and v of each column, from the joined tokens `x`."""
+    found = []
+    for part, rotary in zip(separated(apply_linear(block.qkv, x), columns), turns, strict=True):
+        q, k, v = part.unflatten(-1, (3, block.heads, -1)).unbind(2)
+        q, k = qk_norm_rope(
+            q, k, q_weight=block.q_norm, k_weight=block.k_norm, eps=block.eps, rotary=rotary
+        )
+        found.append(QKV(q, k, v))
+    return found
+
+
+def attend(asked: Sequence[QKV], scenes: Sequence[Scene]) -> tuple[list[Tensor], list[KV | None]]:
     """Attention of q, k and v of each column: (B, tokens that ask, D), and what is kept."""
     attended, kept = [], []
     for (q, k, v), scene in zip(asked, scenes, strict=True):
@@ -214,19 +218,6 @@ def _modulated(*inputs: Tensor) -> Tensor:
     third = len(inputs) // 3
     groups = (inputs[i : i + third] for i in range(0, len(inputs), third))
     return joined([norm_modulate(*group) for group in zip(*groups, strict=True)])
-
-
-def _qkv(packed: Tensor, columns: Sequence[Tensor], heads: int) -> list[tuple[Tensor, ...]]:
-    parts = separated(packed, columns)
-    return [part.unflatten(-1, (3, heads, -1)).unbind(2) for part in parts]
-
-
-def _normed(
-    block: "Stream | SingleBlock", q: Tensor, k: Tensor, rotary: Rotary | None
-) -> tuple[Tensor, Tensor]:
-    return qk_norm_rope(
-        q, k, q_weight=block.q_norm, k_weight=block.k_norm, eps=block.eps, rotary=rotary
-    )
 
 
 def _beside(attended: Tensor, middle: Tensor) -> Tensor:

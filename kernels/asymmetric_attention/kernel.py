@@ -26,7 +26,7 @@ from .._shared.tiles import (
     precision,
     split,
     store_tile,
-)  # fmt: skip
+)
 from .._shared.variants import Variant
 from .._shared.views import bytes_of, merges, rows_together, steps_of
 

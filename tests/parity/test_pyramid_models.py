@@ -164,17 +164,23 @@ def test_intermediates(path):
     batch, count = len(columns[0].latents), len(columns)
     temb = found["timestep"] + found["pooled"]
     close(temb.unflatten(0, (count, batch)).transpose(0, 1).flatten(0, 1), tensors["mid.temb"], "t")
-    text, video, _ = found["double0"]
-    close(torch.cat([x[:1] for x in video], 1), tensors["mid.double0.image"], "double0.image")
+    text, video, _ = (samples[::batch] for samples in map(by_sample, found["double0"]))
+    close(torch.cat(video, 1), tensors["mid.double0.image"], "double0.image")
     real = columns[0].text_lengths[0]
-    close(text[0][:1, :real], tensors["mid.double0.text"][:, :real], "double0.text")
+    close(text[0][:, :real], tensors["mid.double0.text"][:, :real], "double0.text")
     last = f"mid.single{getattr(model.config, 'single_blocks', 0) - 1}"
     if (reference := tensors.get(last)) is None:
         return
     end = 0
-    for c, (column, x) in enumerate(zip(columns, found["last"][0], strict=True)):
+    firsts = by_sample(found["last"][0])[::batch]
+    for c, (column, x) in enumerate(zip(columns, firsts, strict=True)):
         end += column.text.shape[1] + int(tensors["mid.hidden_length"][c])
-        close(x[:1], reference[:, end - x.shape[1] : end], last)  # only these go on
+        close(x, reference[:, end - x.shape[1] : end], last)  # only these go on
+
+
+def by_sample(streams):
+    """Columns of samples, or of several each, as one tensor per sample."""
+    return [sample for x in streams if x is not None for sample in x.split(1)]
 
 
 def test_official_weights_come_back_bit_for_bit(path):
