@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import goals, harness, machine, rows, run, run_models
+from benchmarks.models import command
 
 TESTS = "pytest -m gpu"  # the case of the row that says how they went
 
@@ -114,7 +115,7 @@ def _jobs(
         def measure(budget):
             row = bench.within(spec, 0 if quick else budget)
             row = {**ceilings, **machine.environment(device), **row}
-            return [row], bench.line(row)
+            return [row], command.line(row)
 
         return Job(bench.label(spec), measure, arguments.model_seconds)
 

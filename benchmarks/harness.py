@@ -292,7 +292,7 @@ def judge(case: Case, inputs: tuple[Tensor, ...], eager: Any) -> Callable[[Any],
         (2 * largest + eps * size.abs().max().item(), 1.2 * typical + rounding * _rms(size))
         for tensor, size in zip(_tensors(eager), exact, strict=True)
         for largest, typical in [_errors(tensor, size)]
-        for eps in [torch.finfo(tensor.dtype).eps]
+        for eps in [torch.finfo(tensor.dtype).eps if tensor.is_floating_point() else 0.0]
         for rounding in [eps / 4 if size.numel() >= 64 else eps / 2]  # few do not average out
     ]
 

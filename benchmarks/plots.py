@@ -1,6 +1,7 @@
 """The pictures of the report, in shades of grey, hatches and markers: they print as they look."""
 
 import itertools
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -125,24 +126,23 @@ def scaling(rows: list[Row], axis: str) -> Figure | None:
     lines: dict[tuple, list[Row]] = defaultdict(list)
     for row in rows:
         if axis in row and "p50_ms" in row:
-            others = [str(row[n]) for n in ("size", "job", "dtype", "frames", "side") if n in row]
-            fixed = [value for value in others if value != str(row[axis])]
-            lines[row["rival"], " ".join([row["room"], *fixed])].append(row)
+            setting = re.sub(rf" {axis}=\S+", "", _case(row))
+            lines[row["rival"], setting].append(row)
     lines = {key: found for key, found in lines.items() if len({row[axis] for row in found}) > 1}
     if not lines:
         return None
     has_memory = any("peak_mib" in row for found in lines.values() for row in found)
     panels = [("p50_ms", "ms, median")] + [("peak_mib", "MiB at the peak")] * has_memory
-    figure, both = _figure(4.5 * len(panels), 4.0, len(panels))
+    figure, _ = _figure(4.5 * len(panels), 4.0, len(panels))
     labels = sorted({label for _, label in lines})
-    for axes, (column, unit) in zip(both, panels, strict=True):
+    for axes, (column, unit) in zip(figure.axes, panels, strict=True):
         for (rival, label), found in sorted(lines.items()):
             marker = MARKERS[labels.index(label) % len(MARKERS)]
             points = sorted((row[axis], row[column]) for row in found if column in row)
             style = {"color": OURS} if rival == "fastvid" else {"color": "0.6", "linestyle": "--"}
             axes.plot(*zip(*points, strict=True), marker=marker, label=f"{rival} {label}", **style)
         axes.set(xlabel=axis, ylabel=unit, yscale="log")
-    both[0].legend(fontsize=5)
+    figure.axes[0].legend(fontsize=5)
     return figure
 
 

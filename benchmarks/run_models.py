@@ -17,7 +17,7 @@ def names() -> list[str]:
 
 
 def bench(name: str) -> Any:
-    """The module of a model's benchmark: `specs`, `label`, `within`, `line` and `main`."""
+    """The module of a model's benchmark: `specs`, `label`, `within` and `main`."""
     return importlib.import_module(f"benchmarks.models.bench_{name}")
 
 

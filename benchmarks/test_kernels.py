@@ -12,7 +12,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def pytest_generate_tests(metafunc):
     """One test per case and rival, those included that are not installed."""
     config = metafunc.config
-    wanted = [config.getoption("--case"), config.getoption("--shape"), config.getoption("--dtype")]
+    wanted = [config.getoption(f"--{option}") for option in ("name", "shape", "dtype")]
     found = [
         pytest.param(case, rival, id=f"{case.label} {rival}")
         for room in config.getoption("--room") or run.rooms()

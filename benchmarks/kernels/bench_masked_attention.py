@@ -7,6 +7,7 @@ never match: they say what the visible share is taken of.
 import functools
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,8 @@ from benchmarks.harness import Case, backward_of, forward_of
 from benchmarks.rivals import packages
 from benchmarks.rivals.sdpa import by_backend, heads_first, sdpa
 from fastvid.functional import FrameLayout, Visibility, masked_attention
-from fastvid.kernels.masked_attention import reference
+from fastvid.kernels._shared import intervals
+from fastvid.kernels.masked_attention import reference, vendor
 
 CHUNK = 1024  # query rows that the float64 oracle takes at a time
 
@@ -72,6 +74,8 @@ GPU = {
     "identity 9 of 17": (lambda d: identity([256] * 17, 9, d), 4, 16, 72),
 }
 CPU = {
+    "identity 9 of 17, 1024": (lambda d: identity([1024] * 17, 9, d), 1, 1, 64),
+    "causal, 1024": (lambda d: causal([1024] * 16, d), 1, 1, 64),
     "identity 9 of 17, 256": (lambda d: identity([256] * 17, 9, d), 1, 4, 64),
     "every other of 17, 256": (lambda d: every_other([256] * 17, d), 1, 4, 64),
     "causal, 256": (lambda d: causal([256] * 16, d), 1, 4, 64),
@@ -85,35 +89,78 @@ CPU = {
     "Pyramid last unit": (lambda d: pyramid([n // 4 for n in HISTORY], d), 1, 4, 64),
     "VDT spatial": (lambda d: own_frame([256] * 16, d), 1, 16, 72),
 }
+# On a CPU the time of these is held against what is visible, forward and with the backward.
+PROPORTIONAL = {name for name in CPU if name.startswith(("identity", "causal"))}
 QUICK = {"causal": (lambda d: causal([16] * 4, d), 1, 2, 16)}
 
 
-def bytes_moved(forward: bool, B: int, N: int, heads: int, E: int, itemsize: int) -> int:
+def bytes_moved(direction: str, B: int, N: int, heads: int, E: int, itemsize: int) -> int:
     """q, k, v and out; backward reads dout as well and writes dq, dk, dv."""
-    return (4 if forward else 8) * B * N * heads * E * itemsize
+    tensors = {"forward": 4, "backward": 8, "forward and backward": 12}
+    return tensors[direction] * B * N * heads * E * itemsize
 
 
-def flops(forward: bool, pairs: float, B: int, heads: int, E: int) -> int:
+def flops(direction: str, pairs: float, B: int, heads: int, E: int) -> int:
     """Two products of each visible pair; backward has five, with the scores made anew."""
-    return round((4 if forward else 10) * B * heads * E * pairs)
+    products = {"forward": 2, "backward": 5, "forward and backward": 7}
+    return round(2 * products[direction] * B * heads * E * pairs)
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
-    """Forward and backward of every case."""
+    """Forward and backward of every case, of the proportional ones also both together; tables."""
     found = QUICK if quick else GPU if device.type == "cuda" else CPU
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return [
+    attention = [
         _case(f"{name} {direction}", direction, *case, dtype, device, quick)
         for name, case in found.items()
-        for direction in ("forward", "backward")
+        for direction in BINDS
+        if direction != "forward and backward" or (found is CPU and name in PROPORTIONAL)
     ]
+    return attention if quick else [*attention, tables(device)]
+
+
+def tables(device: torch.device, frames: int = 16) -> Case:
+    """What a Visibility costs: the intervals of a random table of frames, both directions."""
+    offsets = FrameLayout([256] * frames, device=device).offsets
+
+    def intervals_by(build):
+        return lambda table: lambda: build(table.bool(), offsets, offsets, None, None)
+
+    fields = 2 * (frames + 1) * (intervals.FIELDS + 2 * frames)
+    return Case(
+        room="masked_attention",
+        name="tables",
+        shape={"B": 1, "F": frames},
+        dtype=torch.bool,
+        make_inputs=lambda device: (torch.rand(1, frames, frames, device=device) < 0.5,),
+        rivals={
+            "fastvid": intervals_by(intervals.build), "eager": intervals_by(intervals.reference),
+        },
+        oracle=intervals_by(lambda *given: [t.double() for t in intervals.reference(*given)]),
+        nbytes=frames * frames + 2 * offsets.nbytes + 4 * fields,
+    )  # fmt: skip
+
+
+def both_of(function: Callable[..., Tensor]) -> Callable[..., Callable[[], Any]]:
+    """Time `function(*inputs)` and its gradients; the last input is that of its result."""
+
+    def bind(*inputs):
+        *leaves, dout = (tensor.detach() for tensor in inputs)
+        for leaf in leaves:
+            leaf.requires_grad_()
+        return lambda: torch.autograd.grad(function(*leaves), leaves, dout)
+
+    return bind
+
+
+BINDS = {"forward": forward_of, "backward": backward_of, "forward and backward": both_of}
 
 
 def _case(name, direction, make_visibility, B, heads, E, dtype, device, quick) -> Case:
     visibility = make_visibility(device)
     N = visibility.queries.tokens
     forward = direction == "forward"
-    bind = forward_of if forward else backward_of
+    bind = BINDS[direction]
     rivals = {"fastvid": lambda q, k, v: masked_attention(q, k, v, visibility)}
     rivals["eager"] = with_dense_mask(visibility, N)
     rivals["sliced"] = sliced(visibility)
@@ -122,6 +169,9 @@ def _case(name, direction, make_visibility, B, heads, E, dtype, device, quick) -
         rivals["flex"] = flex(visibility, N)
     if forward and device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0):
         rivals["fastvid, tensor descriptors"] = by_descriptors(visibility)
+    plans = vendor.grouped(visibility, N, N)
+    if forward and device.type == "cuda" and plans is not None:
+        rivals["fastvid, SDPA by group"] = lambda q, k, v: vendor.attend(q, k, v, plans, E**-0.5)
     here, missing = packages.split_by_presence(device, from_packages(visibility))
     rivals |= here
 
@@ -138,8 +188,8 @@ def _case(name, direction, make_visibility, B, heads, E, dtype, device, quick) -
         make_inputs=make_inputs,
         rivals={rival: bind(function) for rival, function in rivals.items()},
         oracle=lambda *inputs: lambda: exact(visibility, *inputs),
-        nbytes=bytes_moved(forward, B, N, heads, E, dtype.itemsize),
-        flops=flops(forward, pairs, B, heads, E),
+        nbytes=bytes_moved(direction, B, N, heads, E, dtype.itemsize),
+        flops=flops(direction, pairs, B, heads, E),
         missing=missing,
     )
 

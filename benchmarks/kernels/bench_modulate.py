@@ -37,7 +37,7 @@ def eager_both(x, h, gate, shift, scale):
 def without_compiled_part(x, *others):
     """Our CPU path of `norm_modulate` or of both on a machine that had no compiler."""
     h, gate, shift, scale = others if len(others) == 4 else (None, None, *others)
-    total, y, _, _ = cpu.forward(x, h, gate, shift, scale, False, 1e-6, x.dtype)
+    total, y, _, _ = cpu.forward(x, h, gate, shift, scale, None, False, 1e-6, x.dtype)
     return y if h is None else (total, y)
 
 

@@ -3,6 +3,8 @@
 Where noise is drawn, the rivals draw theirs too, and then work on the noise that ours is known to
 be, so that results can be compared. "loop" is the published scheme: one sample of a multivariate
 normal per block, in a Python loop. It takes a second a call, so it has a row of its own.
+"training columns" is all the noise preparation of a training step at 5 s, from clean latents to
+what the network is given; the published order reduces and draws all at full resolution first.
 """
 
 import math
@@ -12,7 +14,8 @@ from einops import rearrange
 from torch.distributions import MultivariateNormal
 
 from benchmarks.harness import Case, forward_of
-from fastvid.functional import latent_pyramid, pyramid_renoise, stage_endpoints
+from fastvid.diffusion import pyramid
+from fastvid.functional import latent_pyramid, noise_pyramid, pyramid_renoise, stage_endpoints
 from fastvid.kernels._shared import native, philox
 from fastvid.kernels.pyramid_renoise import cpu, reference
 
@@ -26,6 +29,8 @@ QUICK = [(1, 2, 1, 4, 6)]
 # Clips at full resolution, 5 s: 384p at batch 4, and one of 768p.
 CLIPS = [(4, 16, 16, 48, 80), (1, 16, 16, 96, 160)]
 QUICK_CLIPS = [(1, 2, 2, 8, 12)]
+BATCHES = [(4, 16, 16, 48, 80), (4, 16, 16, 96, 160)]  # a video for each of four columns
+QUICK_BATCHES = [(4, 2, 4, 8, 12)]
 
 
 def eager(x, noise):
@@ -83,6 +88,8 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     found += [
         make(shape, torch.float32, quick) for make in (_pyramid, _endpoints) for shape in clips
     ]
+    if device.type == "cpu":  # whose generators draw for every sample
+        found += [_columns(shape) for shape in (QUICK_BATCHES if quick else BATCHES)]
     return found
 
 
@@ -175,6 +182,78 @@ def _endpoints(shape, dtype, quick):
         rivals["compile"] = torch.compile(eager_endpoints, dynamic=False)
     moved = 17 * torch.Size(shape).numel() * dtype.itemsize // 4  # two in and a quarter, two out
     return _case("stage endpoints", shape, dtype, rivals, oracle, make_inputs, moved)
+
+
+def eager_columns(schedule, units, latents, place, corruption, *noises):
+    """The published order: every level of every video, then the few frames that are asked for."""
+    clean = [*eager_pyramid(latents), latents]
+    found = []
+    for column, stage in enumerate(pyramid.column_stages()):
+        own, frame = slice(column, column + 1), units[stage] - 1
+        noise = noises[stage][own, :, frame : frame + 1]
+        at, r = schedule.stages[stage], 1 - (1000 * place[column]).long() / 1000
+        start = at.start_sigma * noise
+        if stage:
+            low = clean[stage - 1][own, :, frame : frame + 1]
+            up = low.repeat_interleave(2, -1).repeat_interleave(2, -2)
+            start = start + (1 - at.start_sigma) * up
+        end = at.end_sigma * noise + (1 - at.end_sigma) * clean[stage][own, :, frame : frame + 1]
+        for level, first, last in pyramid.history_plan(frame, stage):
+            eps, c = noises[level][own, :, first:last], corruption[column].to(noise.dtype)
+            found.append(c * eps + (1 - c) * clean[level][own, :, first:last])
+        found += [r * start + (1 - r) * end, start - end]
+    return found
+
+
+def _columns(shape):
+    """One step on four videos: a low column, two mid, one high, half-way through the clip."""
+    schedule, half = pyramid.pyramid_schedule(), shape[2] // 2
+    units = (half, half, half + 1)
+    stages = pyramid.column_stages()
+
+    def ours(latents, place, corruption, *noises):
+        found = []
+        for column, stage in enumerate(stages):
+            own, options = slice(column, column + 1), {"units": units[stage]}
+            generators = [torch.Generator().manual_seed(column)]
+            pyramid.draw_column(generators, shape[1:], stage, schedule, **options)
+            plan = pyramid.history_plan(units[stage] - 1, stage)
+            draws = pyramid.ColumnDraws(
+                noises[stage][own, :, units[stage] - 1 : units[stage]],
+                place[own],
+                corruption[own],
+                tuple(noises[clip.stage][own, :, clip.start : clip.stop] for clip in plan),
+            )
+            made = pyramid.training_column(latents[own], stage, schedule, draws, **options)
+            found += [*made.history, made.latents, made.target]
+        return found
+
+    def plain(latents, *rest):
+        full = torch.randn_like(latents)
+        eager_pyramid(2 * full)
+        for stage in stages:
+            for clip in pyramid.history_plan(units[stage] - 1, stage):
+                torch.randn_like(rest[2 + clip.stage][:1, :, clip.start : clip.stop])
+        return eager_columns(schedule, units, latents, *rest)
+
+    def oracle(*inputs):
+        return eager_columns(schedule, units, *inputs)
+
+    def make_inputs(device):
+        latents, noise = torch.randn(2, *shape, device=device)
+        place, corruption = torch.linspace(0.1005, 0.9005, 4), torch.linspace(0, 1 / 3, 4)
+        return latents, place, corruption, *noise_pyramid(noise, STAGES)
+
+    def numbers(clip_or_frame, stage):
+        return clip_or_frame * shape[1] * math.prod(shape[3:]) // 4 ** (STAGES - 1 - stage)
+
+    moved = 0
+    for stage in stages:  # noise in, result out; two results of the frame that is trained
+        moved += 3 * numbers(1, stage)
+        plan = pyramid.history_plan(units[stage] - 1, stage)
+        moved += sum(2 * numbers(clip.stop - clip.start, clip.stage) for clip in plan)
+    rivals = {"fastvid": ours, "eager": plain}
+    return _case("training columns", shape, torch.float32, rivals, oracle, make_inputs, 4 * moved)
 
 
 def _case(name, shape, dtype, rivals, oracle, make_inputs, moved, sets=128):

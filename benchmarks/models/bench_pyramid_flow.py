@@ -2,27 +2,21 @@
 
 Four columns of packed training, forward and with the backward, and one call of a sampler at each
 stage of unit 7, its history before it and guidance in the batch: 8 frames at 192 x 320 pixels, on
-a network of 20.5 M parameters. Both sides load the same weights; the match of the velocities, or of
-the gradients of every parameter, stands in the row of their times. float32 is held to the rival's
-float32, bfloat16 to at most twice the rival's error.
+a network of 20.5 M parameters. The match is that of the velocities, or of the gradients
+of every parameter.
 """
 
-import argparse
 import itertools
-import json
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import harness, machine
-from benchmarks.models.bench_vdt import VALUES, Results, agree, errors, line
-from benchmarks.models.duel import Contender, duel, serve
+from benchmarks.models import command
+from benchmarks.models.command import thinned
 from benchmarks.rivals.pyramid_eager import PyramidFluxEager
 from fastvid.models.pyramid_columns import Column
 from fastvid.models.pyramid_flow import PyramidFlux, PyramidFluxConfig
@@ -140,31 +134,10 @@ def official(model: torch.nn.Module, columns: list[Column]) -> Callable[[], list
     return lambda: model(samples, timestep, text, valid, pooled)
 
 
-def thinned(value: Tensor) -> Tensor:
-    """Some of the values, in float32."""
-    flat = value.detach().flatten()
-    return flat[:: -(-len(flat) // VALUES)].float().cpu().clone()
-
-
 def measure(spec: dict[str, Any], **pace: Any) -> dict[str, Any]:
-    """One row: times, memory and the match; `pace` is the turns, rounds and seconds of the duel."""
-    with tempfile.TemporaryDirectory() as folder:
-        files = {name: str(Path(folder, name)) for name in ("fastvid", "eager", "exact")}
-        specs = {name: {**spec, "rival": name, "save": file} for name, file in files.items()}
-        exact = specs.pop("exact") | {"rival": "eager", "dtype": "float32"}
-        row = duel(__spec__.name, specs, **pace, need_mib=1500)
-        if spec["dtype"] == "float32":
-            files["exact"] = files["eager"]
-        else:
-            Contender(__spec__.name, exact).finish()
-        found: dict[str, Results] = {
-            name: torch.load(file, weights_only=True) for name, file in files.items()
-        }
-    mine, theirs = (errors(found[name], found["exact"]) for name in ("fastvid", "eager"))
-    row |= {"error": max(mine.values()), "eager_error": max(theirs.values())}
-    row |= {"match": agree(mine, theirs), "room": "pyramid_flow"}
-    row |= {"official_elsewhere_cpu_s": OFFICIAL[spec["job"]]}
-    return {"case": label(spec), **spec, **row}
+    """One row; `pace` as `command.measure` takes it."""
+    row = command.measure(__spec__.name, label(spec), spec, 1500, **pace)
+    return row | {"official_elsewhere_cpu_s": OFFICIAL[spec["job"]]}
 
 
 def label(spec: dict[str, Any]) -> str:
@@ -173,8 +146,8 @@ def label(spec: dict[str, Any]) -> str:
 
 
 def within(spec: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """The row in about so many seconds; 0: in as few calls as give a spread."""
-    return measure(spec, turns=1, rounds=5, seconds=seconds / 4)
+    """The row in so many seconds at most; 0: in as few calls as give a spread."""
+    return measure(spec, **command.within(seconds))
 
 
 def specs(device: torch.device, quick: bool) -> list[dict[str, Any]]:
@@ -188,41 +161,12 @@ def specs(device: torch.device, quick: bool) -> list[dict[str, Any]]:
 
 def main(argv: list[str]) -> int:
     """0 when every result matches and no time ratio is below the floor."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks models pyramid_flow", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--contender", help=argparse.SUPPRESS)
-    parser.add_argument("--quick", action="store_true", help="two blocks, few rounds")
-    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
+    parser = command.options("pyramid_flow", __doc__)
     parser.add_argument("--job", nargs="+", choices=JOBS, default=JOBS)
-    parser.add_argument("--turns", type=int, default=3, help="pairs of fresh processes per row")
-    parser.add_argument("--rounds", type=int, default=3, help="per turn, at least")
-    parser.add_argument("--seconds", type=float, default=5, help="per turn, at least")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--floor", type=float, default=0, help="fail below this time ratio")
-    parser.add_argument("--out", type=Path, help="append the rows to this JSONL file")
-    arguments = parser.parse_args(argv)
-    if arguments.contender:
-        spec = json.loads(arguments.contender)
-        serve(lambda: prepare(spec), torch.device(spec["device"]))
-        return 0
-    device = torch.device(arguments.device)
-    torch.set_num_threads(arguments.threads)
-    here = machine.environment(device) | machine.measure_ceilings(device, arguments.quick)
-    print(f"{here['machine']}, torch {here['torch']}, {arguments.threads} threads")
-    good = True
-    for dtype, job in itertools.product(arguments.dtype, arguments.job):
-        spec = {"job": job, "dtype": dtype}
-        spec |= {name: getattr(arguments, name) for name in ("threads", "device", "quick")}
-        turns, rounds, seconds = arguments.turns, arguments.rounds, arguments.seconds
-        if arguments.quick:
-            turns, rounds, seconds = 1, 2, 0
-        row = measure(spec, turns=turns, rounds=rounds, seconds=seconds)
-        print(line(row), flush=True)
-        harness.append(arguments.out, [{**here, **row}])
-        good = good and row["match"] and row["wall_ratio_p50"] >= arguments.floor
-    return 0 if good else 1
+    asked = parser.parse_args(argv)
+    chosen = itertools.product(asked.dtype, asked.job)
+    specs = ({"job": job, "dtype": dtype} for dtype, job in chosen)
+    return command.run(asked, prepare, specs, measure)
 
 
 if __name__ == "__main__":

@@ -1,28 +1,22 @@
-"""VDT against the official order of operations: `python -m benchmarks.models.bench_vdt`.
+"""VDT against the official order of operations: `python -m benchmarks models vdt`.
 
 Forward, forward + backward, an AdamW step and DDIM sampling of S/2 and L/2 at 128 pixels and more.
-Both sides load the same weights; the match of their results stands in the row of their times:
-the predictions or samples, or the gradients of the input and of every parameter, and what the step
-changed. float32 is held to the rival's float32, bfloat16 to at most twice the rival's error.
+The match is that of the predictions or samples, or of the gradients of the input and of every
+parameter, and of what the step changed.
 """
 
-import argparse
 import itertools
-import json
 import math
 import sys
-import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import harness, machine, rows
-from benchmarks.models.duel import Contender, duel, serve
+from benchmarks.models import command
+from benchmarks.models.command import Results, thinned
 from benchmarks.rivals.vdt_eager import VDTEager
 from fastvid.diffusion.sampling import sample_ddim
 from fastvid.diffusion.schedule import linear, respace
@@ -31,9 +25,6 @@ from fastvid.models.vdt_official import layout as official_layout
 
 JOBS = ("forward", "backward", "step", "sample")
 SIZES = {"S": VDT_S, "L": VDT_L}
-TOLERANCE = 1e-4  # of float32, which the sampler carries along and gradients add up
-VALUES = 4096  # compared per tensor, evenly spaced
-Results = dict[str, Tensor]
 
 
 def config_of(spec: dict[str, Any]) -> VDTConfig:
@@ -131,42 +122,11 @@ def _official(model: torch.nn.Module, config: VDTConfig, values: Results) -> Res
                 strict=True,
             )
         }
-    flat = {name: value.detach().flatten() for name, value in values.items()}
-    return {k: v[:: -(-len(v) // VALUES)].float().cpu().clone() for k, v in flat.items()}
+    return {name: thinned(value) for name, value in values.items()}
 
 
-def errors(results: Results, exact: Results) -> dict[str, float]:
-    """The relative error (root mean square) of each tensor.
-
-    Where a tensor is below a hundredth of its kind (results, gradients, changes), of that: some
-    gradients, as those of the keys' biases, are nothing but rounding.
-    """
-    if results.keys() != exact.keys():
-        raise RuntimeError(f"only one side has {sorted(results.keys() ^ exact.keys())}")
-    sizes = {name: value.square().mean().sqrt().item() for name, value in exact.items()}
-    floors: dict[str, float] = {}
-    for name, size in sizes.items():
-        kind = name.split()[0]
-        floors[kind] = max(floors.get(kind, 0.0), size / 100)
-    return {
-        name: (results[name] - value).square().mean().sqrt().item()
-        / max(sizes[name], floors[name.split()[0]])
-        for name, value in exact.items()
-    }
-
-
-def agree(ours: dict[str, float], theirs: dict[str, float]) -> bool:
-    """No error of ours is above twice theirs and the tolerance."""
-    return all(error <= max(2 * theirs[name], TOLERANCE) for name, error in ours.items())
-
-
-def measure(spec: dict[str, Any], *, limit: float = math.inf, **pace: Any) -> dict[str, Any]:
-    """One row: times, memory and the match; `pace` is the turns, rounds and seconds of the duel.
-
-    Raises:
-        RuntimeError: it cannot be measured in `limit` seconds.
-    """
-    end = time.monotonic() + limit
+def measure(spec: dict[str, Any], **pace: Any) -> dict[str, Any]:
+    """One row; `pace` as `command.measure` takes it."""
     config, wide = config_of(spec), 2 if spec["dtype"] == "bfloat16" else 4
     with torch.device("meta"):
         weights = sum(value.numel() for value in VDT(config).parameters())
@@ -175,32 +135,19 @@ def measure(spec: dict[str, Any], *, limit: float = math.inf, **pace: Any) -> di
     if spec["job"] in ("backward", "step"):  # about 30 streams of the width per block are kept
         tokens = spec["batch"] * config.frames * config.height * config.width // config.patch**2
         need += 30 * tokens * config.dim * config.depth * wide / 2**20
-    with tempfile.TemporaryDirectory() as folder:
-        files = {name: str(Path(folder, name)) for name in ("fastvid", "eager", "exact")}
-        specs = {name: {**spec, "rival": name, "save": file} for name, file in files.items()}
-        exact = specs.pop("exact") | {"rival": "eager", "dtype": "float32", "compile": False}
-        if spec["dtype"] == "float32":
-            files["exact"] = files["eager"]
-        else:
-            with Contender(__spec__.name, exact, end) as contender:
-                contender.finish()
-        row = duel(__spec__.name, specs, **pace, need_mib=need, end=end)
-        found = {name: torch.load(file, weights_only=True) for name, file in files.items()}
-    ours, theirs = (errors(found[name], found["exact"]) for name in ("fastvid", "eager"))
-    row |= {"error": max(ours.values()), "eager_error": max(theirs.values())}
-    row["match"] = agree(ours, theirs)
-    return {"case": label(spec), **spec, **row}
+    return command.measure(__spec__.name, label(spec), spec, need, **pace)
 
 
 def label(spec: dict[str, Any]) -> str:
     """`vdt/step L/2 frames=16 side=128 batch=4 bfloat16 compiled`, ` depth 2` where quick."""
-    case = "vdt/{job} {size}/2 frames={frames} side={side} batch={batch} {dtype}".format(**spec)
-    return case + " compiled" * spec["compile"] + " depth 2" * spec["quick"]
+    case = "vdt/{job} {size}/2 frames={frames} side={side} batch={batch}".format(**spec)
+    case += f" steps={spec['steps']}" * (spec["job"] == "sample")
+    return f"{case} {spec['dtype']}" + " compiled" * spec["compile"] + " depth 2" * spec["quick"]
 
 
 def within(spec: dict[str, Any], seconds: float) -> dict[str, Any]:
     """The row in so many seconds at most; 0: in as few calls as give a spread."""
-    return measure(spec, turns=1, rounds=5, seconds=seconds / 4, limit=seconds or math.inf)
+    return measure(spec, **command.within(seconds))
 
 
 def specs(device: torch.device, quick: bool) -> list[dict[str, Any]]:
@@ -211,79 +158,32 @@ def specs(device: torch.device, quick: bool) -> list[dict[str, Any]]:
         small["compile"] = False
         return [{"job": job, **small, **here} for job in ("forward", "step")]
     large = {"size": "L", "frames": 16, "side": 128, "dtype": "bfloat16", "batch": 4}
-    return [
+    rows = [
         {"job": job, **large, "compile": compiled, **here}
         for compiled in (True, False)
         for job in ("step", "sample")
     ]
-
-
-def line(row: dict[str, Any]) -> str:
-    return (
-        f"{row['case']:<53} {row['fastvid_p50_ms']:9.0f} ms against {row['eager_p50_ms']:9.0f}"
-        f"   {row['wall_ratio_p50']:5.2f}x ({row['wall_ratio_p20']:.2f} to"
-        f" {row['wall_ratio_p80']:.2f}; cpu time {row['cpu_ratio_p50']:.2f}x)"
-        f"   peak {row['fastvid_peak_mib']:6.0f} MiB, {row['peak_ratio']:.2f} of theirs,"
-        f" beyond the weights {row['extra_ratio']:.2f}"
-        f"   {'match' if row['match'] else 'NO MATCH'} ({row['error']:.0e})"
-        f"{' one after the other' if row['apart'] else ''}"
-    )
+    # The batches that are told to fit into 80 and into 48 GB.
+    alone = {**large, "dtype": "float32", "compile": False, **here}
+    return rows + [{"job": "step", **alone, "batch": batch} for batch in (16, 6)]
 
 
 def main(argv: list[str]) -> int:
     """0 when every result matches and no time ratio is below the floor."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.models.bench_vdt", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--contender", help=argparse.SUPPRESS)
-    parser.add_argument("--quick", action="store_true", help="two blocks, few rounds")
+    parser = command.options("vdt", __doc__)
     parser.add_argument("--size", nargs="+", choices=SIZES, default=["S", "L"])
     parser.add_argument("--frames", nargs="+", type=int, default=[8, 16])
     parser.add_argument("--side", nargs="+", type=int, default=[128], help="pixels, 8 per cell")
-    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
     parser.add_argument("--job", nargs="+", choices=JOBS, default=JOBS)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="torch.compile on both sides")
     parser.add_argument("--steps", type=int, default=10, help="of DDIM in a sample")
-    parser.add_argument("--turns", type=int, default=3, help="pairs of fresh processes per row")
-    parser.add_argument("--rounds", type=int, default=3, help="per turn, at least")
-    parser.add_argument("--seconds", type=float, default=5, help="per turn, at least")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--floor", type=float, default=0, help="fail below this time ratio")
-    parser.add_argument("--out", type=Path, help="append the rows to this JSONL file")
-    parser.add_argument("--save", action="store_true", help="renew them in benchmarks/results")
-    arguments = parser.parse_args(argv)
-    if arguments.contender:
-        spec = json.loads(arguments.contender)
-        serve(lambda: prepare(spec), torch.device(spec["device"]))
-        return 0
-    with machine.pinned(arguments.threads):
-        return _run(arguments)
-
-
-def _run(arguments: argparse.Namespace) -> int:
-    device = torch.device(arguments.device)
-    here = machine.environment(device) | machine.measure_ceilings(device, arguments.quick)
-    print(f"{here['machine']}, torch {here['torch']}, {arguments.threads} threads")
-    good = True
-    for size, side, frames, dtype, job in itertools.product(
-        arguments.size, arguments.side, arguments.frames, arguments.dtype, arguments.job
-    ):
-        fixed = ("batch", "steps", "compile", "threads", "device", "quick")
-        spec = {"job": job, "size": size, "frames": frames, "side": side}
-        spec |= {"dtype": dtype}
-        spec |= {name: getattr(arguments, name) for name in fixed}
-        turns, rounds, seconds = arguments.turns, arguments.rounds, arguments.seconds
-        if arguments.quick:
-            turns, rounds, seconds = 1, 2, 0
-        row = {**here, **measure(spec, turns=turns, rounds=rounds, seconds=seconds)}
-        print(line(row), flush=True)
-        harness.append(arguments.out, [row])
-        if arguments.save:
-            rows.save(rows.RESULTS / machine.folder(device) / "vdt.jsonl", [row])
-        good = good and row["match"] and row["wall_ratio_p50"] >= arguments.floor
-    return 0 if good else 1
+    asked = parser.parse_args(argv)
+    fixed = {name: getattr(asked, name) for name in ("batch", "steps", "compile")}
+    names = ("size", "side", "frames", "dtype", "job")
+    chosen = itertools.product(*(getattr(asked, name) for name in names))
+    specs = ({**dict(zip(names, each, strict=True)), **fixed} for each in chosen)
+    return command.run(asked, prepare, specs, measure)
 
 
 if __name__ == "__main__":

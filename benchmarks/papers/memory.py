@@ -7,6 +7,8 @@ from fastvid.models.vdt import VDTConfig
 
 PLANNERS = {"S": 1_342_000_000, "L": 3_221_000_000}  # parameters; the paper's text leaves 3 % open
 GENERATOR = 289_000_000
+PYRAMID_FLOW = {"miniFLUX": 1_972_059_200, "MMDiT": 2_028_334_144}  # parameters
+PYRAMID_WIDTHS, PYRAMID_TEXT = {"miniFLUX": 1920, "MMDiT": 1536}, 128
 
 
 def mardini(size: str, frames: int, side: int, *, asymmetric: bool) -> int:
@@ -19,6 +21,17 @@ def mardini(size: str, frames: int, side: int, *, asymmetric: bool) -> int:
     planning = 2 * low * (2 * 4096 + max(4 * 4096, 8192))
     generating = 2 * fine * (2 * 1024 + max(4 * 1024, 4096))
     return weights + max(planning, keys_and_values + generating)
+
+
+def pyramid_flow(model: str, longest: int) -> int:
+    """Sampling in bfloat16 with guidance, weights resident, in the call of most image tokens.
+
+    Of a block: the stream, its norm, then q, k, v and the result, or the MLP's hidden layer;
+    miniFLUX's single blocks hold both of these at once.
+    """
+    rows = {"miniFLUX": 2 + 4 + 4, "MMDiT": 2 + 4}[model]
+    tokens = 2 * (PYRAMID_TEXT + longest)
+    return 2 * (PYRAMID_FLOW[model] + tokens * rows * PYRAMID_WIDTHS[model])
 
 
 def vdt_weights(config: VDTConfig) -> int:

@@ -15,7 +15,9 @@ Cell = dict[str, Any]
 PUBLISHED: dict[str, Any] = json.loads((Path(__file__).parent / "published.json").read_text())
 A100 = PUBLISHED["devices"]["A100"]
 NOT_BUILT = "model not built yet"
-HEAD = ("", "paper s", "GB", "% peak", "tokens", "TFLOP", "est. GB", "ours")
+HEAD = ("", "paper s", "GB", "% peak", "tokens", "TFLOP", "GB moved", "est. GB", "ours")
+DDIM_STEPS = 10  # of the sampling rows
+NOT_MEASURED = "python -m benchmarks models mardini --paper, on a GPU"
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Line:
     of_peak: float | None  # FLOPs / published seconds / the data sheet's peak
     tokens: int | None
     tflop: float | None
+    moved_gb: float | None  # at least, by `work.py`
     estimate_gb: float | None  # by `memory.py`, of our implementation
     ours: tuple[str, ...]
     source: str
@@ -54,11 +57,12 @@ class Table:
                 _number(of_peak, 0),
                 _number(line.tokens, 0),
                 _number(line.tflop, 3 if (line.tflop or 0) < 10 else 0),
+                _number(line.moved_gb, 1),
                 _number(line.estimate_gb, 1),
             )
             note = f" ({line.note})" if line.note else ""
             rows.append((line.name + note, *numbers, first))
-            rows += [("",) * 7 + (other,) for other in others]
+            rows += [("",) * (len(HEAD) - 1) + (other,) for other in others]
         return rows
 
     def render(self) -> str:
@@ -81,7 +85,7 @@ def mardini(results: Results) -> Table:
         options = {"temporal": cell["temporal"], "asymmetric": cell["asymmetric"]}
         sizes = (cell["size"], cell["frames"], cell["side"])
         estimate = memory.mardini(*sizes, asymmetric=cell["asymmetric"])
-        line = _line(cell, work.mardini(*sizes, **options), estimate, results, NOT_BUILT)
+        line = _line(cell, work.mardini(*sizes, **options), estimate, results, NOT_MEASURED)
         lines.append(line)
     title = "MarDini: seconds per video, DDIM 25, bf16, planner once (paper: one A100 80 GB)"
     return Table(title, lines)
@@ -92,9 +96,15 @@ def pyramid_flow(results: Results) -> Table:
     lines = []
     for cell in PUBLISHED["pyramid_flow"]:
         video = (cell["height"], cell["width"], cell["frames"])
-        # A sequence of this model is so short that its largest call is a part of the weights' size.
         done = work.pyramid_flow(cell["model"], *video)
-        lines.append(_line(cell, done, None, results, NOT_BUILT))
+        full, *calls = work.pyramid_flow_tokens(*video)
+        estimate = memory.pyramid_flow(cell["model"], calls[-1])
+        line = _line(cell, done, estimate, results, NOT_BUILT)
+        says = f"{full:,} tokens in full; calls of the last unit {calls[0]:,}, {calls[1]:,}"
+        says += f", {calls[2]:,}"
+        if "full_tokens" in cell:
+            says += f"; paper: {cell['full_tokens']:,} and at most {cell['longest_call']:,}"
+        lines.append(replace(line, note="; ".join(filter(None, (line.note, says)))))
     title = (
         "Pyramid Flow: seconds per video, bf16, 20 / 10 steps a stage (paper: A100, where it says)"
     )
@@ -119,24 +129,29 @@ def vdt(results: Results) -> Table:
     lines = []
     for size, side, frames in itertools.product("SL", (128, 256), (8, 16, 30)):
         config = replace(work.VDT_SIZES[size], frames=frames, height=side // 8, width=side // 8)
-        forward = work.vdt(config)
-        for job, passes in (("step", 3), ("forward", 1)):
-            name = {"step": "training step", "forward": "denoising step"}[job]
+        forward, held = work.vdt(config), memory.vdt_forward(config)
+        for job, name, passes, estimate in (
+            ("step", "training step", 3, memory.vdt_training(config)),
+            ("forward", "denoising step", 1, held),
+            ("sample", f"sampling in {DDIM_STEPS} steps", DDIM_STEPS, held),
+        ):
             cell = {
                 "key": f"vdt/{size} {name} {frames} frames {side}x{side}",
                 "seconds": None,
                 "where": {"room": "vdt", "size": size, "job": job, "frames": frames, "side": side},
             }
-            done = Work(forward.tokens, passes * forward.flops)
-            estimate = memory.vdt_training(config) if job == "step" else memory.vdt_forward(config)
-            lines.append(_line(cell, done, estimate, results, ""))
+            if job == "sample":
+                cell["where"]["steps"] = DDIM_STEPS
+            lines.append(_line(cell, forward.times(passes), estimate, results, ""))
     for cell in PUBLISHED["vdt"]:
         config = replace(work.VDT_SIZES[cell["size"]], frames=cell["frames"])
-        done = work.vdt(config, cell["batch"])
-        done = Work(done.tokens, 3 * done.flops)
+        done = work.vdt(config, cell["batch"]).times(3)
         estimate = memory.vdt_training(config, cell["batch"])
+        sizes = {name: cell[name] for name in ("size", "job", "frames", "side", "batch")}
+        cell = {**cell, "where": {"room": "vdt", **sizes}}
         lines.append(_line(cell, done, estimate, results, ""))
-    return Table("VDT: seconds per clip and step, batch 1, float32 unless said", lines)
+    title = "VDT: seconds per clip, float32 unless said; paper GB: a batch that is told to fit"
+    return Table(title, lines)
 
 
 TABLES: dict[str, Callable[[Results], Table]] = {
@@ -163,6 +178,7 @@ def _line(
         of_peak=done.flops / seconds / peak if done and seconds and on_an_a100 else None,
         tokens=done.tokens if done else None,
         tflop=done.flops / 1e12 if done else None,
+        moved_gb=done.nbytes / 1e9 if done else None,
         estimate_gb=None if estimate is None else estimate / 1e9,
         ours=ours or ((absent,) if absent else ()),
         source=f"{cell['source']}, {cell['place']}" if "source" in cell else "",
@@ -171,23 +187,26 @@ def _line(
 
 
 def _ours(cell: Cell, done: Work | None, results: Results) -> Iterator[str]:
-    """The results that belong to the row, one text each."""
+    """The results that belong to the row, one text each; seconds and FLOPs are of one clip."""
     wanted = cell.get("where", {"paper": cell["key"]}) | {"rival": "fastvid", "match": True}
     for row in results:
-        if row.get("batch", 1) != cell.get("batch", 1):
-            continue
         if any(row.get(name) != value for name, value in wanted.items()):
             continue
-        seconds = row["p50_ms"] / 1e3
-        parts = [f"{seconds:.3g} s"]
         ceiling = row.get(f"matmul_{'fp32' if row['dtype'] == 'float32' else 'bf16'}_tflop_per_s")
-        if done and ceiling:
-            parts.append(f"{100 * done.flops / seconds / ceiling / 1e12:.0f} % of its matmul")
+        if done is None or ceiling is None:
+            continue  # seconds alone say nothing
+        seconds = row["p50_ms"] / 1e3 / row.get("batch", 1)
+        rate = done.flops / cell.get("batch", 1) / seconds
+        parts = [f"{seconds:.3g} s", f"{100 * rate / ceiling / 1e12:.0f} % of its matmul"]
+        if "wall_ratio_p50" in row:
+            parts.append(f"{row['wall_ratio_p50']:.2f} x plain PyTorch")
         if "peak_mib" in row:
             parts.append(f"{row['peak_mib'] * 2**20 / 1e9:.1f} GB")
         on_cpu = row["device"] == "cpu"
-        where = f"{row['machine']}, {row['threads']} threads" if on_cpu else row["machine"]
+        threads = f", {row['threads']} thread{'s' * (row['threads'] != 1)}" * on_cpu
+        where = row["machine"] + threads
         marks = [row["dtype"]] + ["compiled"] * bool(row.get("compile"))
+        marks += [f"batch {row['batch']}"] * (row.get("batch", 1) > 1)
         marks += ["reduced depth"] * bool(row.get("quick"))
         yield f"{', '.join(parts)} ({where}; {', '.join(marks)})"
 

@@ -248,9 +248,9 @@ class Generator(Network):
         rows, columns = self.grid(latents)
         x = self.end_rows(self.embed(latents), rows)
         turn = angles(self.config, latents.shape[2], rows, columns).to(latents.device)
-        steps = timestep[:, None].expand(known.shape)
+        steps = timestep[:, None]
         if self.config.ref_t == "zero":
-            steps = steps.masked_fill(known, 0)
+            steps = steps.expand(known.shape).masked_fill(known, 0)
         times = self.timestep(steps)[:, :, None]
         plan = times + self.plan(signal.mean(2, keepdim=True))
         for block in self.blocks:

@@ -42,6 +42,7 @@ __global__ void normal_kernel(const int64_t* seeds, uint32_t stream, float* out,
 void philox_words(Tensor counters, Tensor seeds, Tensor words) {
   const DeviceGuard guard(seeds.get_device_index());
   const int64_t N = seeds.size(0);
+  if (N == 0) return;
   words_kernel<<<blocks_for(N), kThreads, 0, current_stream(seeds)>>>(
       static_cast<const int64_t*>(counters.data_ptr()),
       static_cast<const int64_t*>(seeds.data_ptr()), static_cast<int64_t*>(words.data_ptr()), N);
@@ -52,6 +53,7 @@ void philox_words(Tensor counters, Tensor seeds, Tensor words) {
 void normal(Tensor seeds, int64_t stream, Tensor out) {
   const DeviceGuard guard(seeds.get_device_index());
   const int64_t N = out.size(1);
+  if (out.numel() == 0) return;
   const uint32_t blocks = blocks_for((N + 3) / 4);
   normal_kernel<<<uint32_t(out.size(0)) * blocks, kThreads, 0, current_stream(seeds)>>>(
       static_cast<const int64_t*>(seeds.data_ptr()), uint32_t(stream),

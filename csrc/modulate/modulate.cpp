@@ -24,7 +24,24 @@ constexpr int kBlock = 4;  // rows that are worked on side by side
 
 struct Sizes {
   int64_t batch, tokens, width, groups;
-  int64_t per_group() const { return tokens / groups; }
+  const int32_t* starts;  // of every group, and the end of the last; null: groups are equal
+  int64_t starts_step;    // from sample to sample
+  int64_t start(int64_t b, int64_t g) const {
+    return starts ? starts[b * starts_step + g] : g * (tokens / groups);
+  }
+  int64_t group_of(int64_t b, int64_t n) const {
+    if (!starts) return n / (tokens / groups);
+    const int32_t* const first = starts + b * starts_step;
+    return std::upper_bound(first, first + groups, n) - first - 1;
+  }
+  int64_t longest_group() const {
+    if (!starts) return tokens / groups;
+    int64_t longest = 1;
+    for (int64_t b = 0; b < (starts_step ? batch : 1); ++b)
+      for (int64_t g = 0; g < groups; ++g)
+        longest = std::max(longest, start(b, g + 1) - start(b, g));
+    return longest;
+  }
   int64_t padded() const { return (width + 15) / 16 * 16; }
 };
 
@@ -98,8 +115,10 @@ Modulation modulation_of(const Maybe& tensor) {
           grouped ? tensor->stride(1) : 0, tensor->scalar_type() != ScalarType::Float};
 }
 
-Sizes sizes_of(const Tensor& x, const Tensor& modulation) {
-  return {x.size(0), x.size(1), x.size(2), modulation.dim() == 3 ? modulation.size(1) : 1};
+Sizes sizes_of(const Tensor& x, const Tensor& modulation, const Maybe& starts) {
+  const int64_t groups = modulation.dim() == 3 ? modulation.size(1) : 1;
+  return {x.size(0), x.size(1), x.size(2), groups, data_of<int32_t>(starts),
+          starts && starts->size(0) > 1 ? starts->stride(0) : 0};
 }
 
 // `call` with the types of two tensors.
@@ -108,9 +127,9 @@ void with_types(const Tensor& x, const Tensor& y, Call call) {
   with_type(x, [&](auto x_type) { with_type(y, [&](auto y_type) { call(x_type, y_type); }); });
 }
 
-void forward(Tensor x, Maybe h, Maybe gate, Tensor shift, Tensor scale, bool rms, double eps,
-             Maybe total, Tensor y, Tensor mean, Tensor rstd) {
-  const Sizes size = sizes_of(x, scale);
+void forward(Tensor x, Maybe h, Maybe gate, Tensor shift, Tensor scale, Maybe starts, bool rms,
+             double eps, Maybe total, Tensor y, Tensor mean, Tensor rstd) {
+  const Sizes size = sizes_of(x, scale, starts);
   with_types(x, y, [&](auto x_type, auto y_type) {
     using X = decltype(x_type);
     using Y = decltype(y_type);
@@ -187,10 +206,10 @@ template <typename X, typename Y>
 void backward_job(const Backward<X, Y>& job, const Maybe& dgate, const Maybe& dshift,
                   const Maybe& dscale) {
   const Sizes& size = job.size;
-  const int64_t per_group = size.per_group(), chunks = (per_group + kChunk - 1) / kChunk;
+  const int64_t longest = size.longest_group(), chunks = (longest + kChunk - 1) / kChunk;
   const Result results[] = {{dshift, size, chunks}, {dscale, size, chunks}, {dgate, size, chunks}};
   const int64_t tasks = size.batch * size.groups * chunks;
-  const int64_t grain = std::max<int64_t>(1, 32768 / (size.width * std::min(kChunk, per_group)));
+  const int64_t grain = std::max<int64_t>(1, 32768 / (size.width * std::min(kChunk, longest)));
   torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
     Scratch memory(5 * size.padded());
     float* const scratch = memory.take(0);
@@ -199,8 +218,8 @@ void backward_job(const Backward<X, Y>& job, const Maybe& dgate, const Maybe& ds
       for (int i = 0; i < 3; ++i)
         sums[i] = results[i].sum_of(task, scratch + (2 + i) * size.padded());
       const int64_t b = task / chunks / size.groups, g = task / chunks % size.groups;
-      const int64_t first = g * per_group + task % chunks * kChunk;
-      const int64_t last = std::min(first + kChunk, (g + 1) * per_group);
+      const int64_t first = size.start(b, g) + task % chunks * kChunk;
+      const int64_t last = std::min(first + kChunk, size.start(b, g + 1));
       FOR_THIS_CPU(backward_chunk, b, g, first, last, job, Sums{sums[0], sums[1], sums[2]},
                    scratch);
       for (int i = 0; i < 3; ++i) results[i].finish(task, sums[i]);
@@ -217,10 +236,10 @@ void backward_job(const Backward<X, Y>& job, const Maybe& dgate, const Maybe& ds
   }
 }
 
-void backward(Maybe dsum, Tensor dy, Tensor total, Maybe h, Maybe gate, Tensor scale, Tensor mean,
-              Tensor rstd, bool rms, Tensor dx, Maybe dh, Maybe dgate, Tensor dshift,
+void backward(Maybe dsum, Tensor dy, Tensor total, Maybe h, Maybe gate, Tensor scale, Maybe starts,
+              Tensor mean, Tensor rstd, bool rms, Tensor dx, Maybe dh, Maybe dgate, Tensor dshift,
               Tensor dscale) {
-  const Sizes size = sizes_of(total, scale);
+  const Sizes size = sizes_of(total, scale, starts);
   with_types(total, dy, [&](auto x_type, auto y_type) {
     using X = decltype(x_type);
     using Y = decltype(y_type);
@@ -232,8 +251,8 @@ void backward(Maybe dsum, Tensor dy, Tensor total, Maybe h, Maybe gate, Tensor s
   });
 }
 
-void residual_backward(Tensor dsum, Tensor h, Tensor gate, Tensor dh, Tensor dgate) {
-  const Sizes size = sizes_of(h, gate);
+void residual_backward(Tensor dsum, Tensor h, Tensor gate, Maybe starts, Tensor dh, Tensor dgate) {
+  const Sizes size = sizes_of(h, gate, starts);
   with_types(dsum, h, [&](auto x_type, auto y_type) {
     using X = decltype(x_type);
     using Y = decltype(y_type);
@@ -251,15 +270,15 @@ void residual_backward(Tensor dsum, Tensor h, Tensor gate, Tensor dh, Tensor dga
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastvid_cpp, m) {
   m.def(
-      "gated_residual_backward(Tensor dsum, Tensor h, Tensor gate, Tensor(a!) dh,"
+      "gated_residual_backward(Tensor dsum, Tensor h, Tensor gate, Tensor? starts, Tensor(a!) dh,"
       " Tensor(b!) dgate) -> ()");
   m.def(
-      "norm_modulate(Tensor x, Tensor? h, Tensor? gate, Tensor shift, Tensor scale, bool rms,"
-      " float eps, Tensor(a!)? total, Tensor(b!) y, Tensor(c!) mean, Tensor(d!) rstd) -> ()");
+      "norm_modulate(Tensor x, Tensor? h, Tensor? gate, Tensor shift, Tensor scale,"
+      " Tensor? starts, bool rms, float eps, Tensor(a!)? total, Tensor(b!) y, Tensor(c!) mean, Tensor(d!) rstd) -> ()");
   m.def(
       "norm_modulate_backward(Tensor? dsum, Tensor dy, Tensor total, Tensor? h, Tensor? gate,"
-      " Tensor scale, Tensor mean, Tensor rstd, bool rms, Tensor(a!) dx, Tensor(b!)? dh,"
-      " Tensor(c!)? dgate, Tensor(d!) dshift, Tensor(e!) dscale) -> ()");
+      " Tensor scale, Tensor? starts, Tensor mean, Tensor rstd, bool rms, Tensor(a!) dx,"
+      " Tensor(b!)? dh, Tensor(c!)? dgate, Tensor(d!) dshift, Tensor(e!) dscale) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastvid_cpp, CPU, m) {

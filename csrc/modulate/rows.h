@@ -116,8 +116,8 @@ TARGET void forward_rows(int64_t first, int64_t last, const Forward<X, Y>& job) 
   const bool residual = job.h.data != nullptr;
   if (residual) std::fill_n(gate, D, 1.0f);
   for (int64_t at = first, next; at < last; at = next) {
-    const int64_t b = at / size.tokens, n = at % size.tokens, g = n / size.per_group();
-    next = std::min(last, at - n + (g + 1) * size.per_group());  // the end of the group
+    const int64_t b = at / size.tokens, n = at % size.tokens, g = size.group_of(b, n);
+    next = std::min(last, at - n + size.start(b, g + 1));  // the end of the group
     take(job.scale, b, g, 1, gain, D);
     take(job.shift, b, g, 0, offset, D);
     if (job.gate.data) take(job.gate, b, g, 0, gate, D);

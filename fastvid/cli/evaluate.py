@@ -28,6 +28,10 @@ def main(argv: Sequence[str]) -> int:
     from fastvid.training.families import family_of
     from fastvid.training.runs import load_run
 
+    if argv and argv[0] == "vidim":
+        from fastvid.cli import _vidim
+
+        return _vidim.main(argv[1:])
     options = _parser().parse_args(argv)
     device = pick_device(options.device)
     metrics, fvd = _metrics(options, device)  # first: a missing file should not cost a sampling
@@ -77,7 +81,8 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         epilog="One sample pays up to 3 dB against the mean of what may follow: compare the mean "
         "rows with blending. Frames that are given do not count; FVD leaves them out where 10 or "
-        "more others remain, and says so.",
+        "more others remain, and says so. `fastvid evaluate vidim --help` has VIDIM-Bench, seven "
+        "frames between two.",
     )
     add = parser.add_argument
     add("run", help="run folder of `fastvid train`, or a model folder in one")

@@ -131,7 +131,7 @@ def sample_pyramid(
     _check_noise(noise, block_noise, seed, (B, *shape), (units - known) * (K - 1))
     cache = _Cache(model, cache_gb)
     guidance = guidance or constant_guidance()
-    calls = sum(len(steps.timesteps) for plan in plans[known:] for steps in plan)
+    calls = sum(len(stage.timesteps) for plan in plans[known:] for stage in plan)
     done, jumps = 0, iter(block_noise or ())
 
     # Finished frames at the resolution of every stage.
@@ -187,7 +187,8 @@ class _Cache:
     """Prefixes of the steps, by stage, step and number of branches, in a budget of memory.
 
     A byte of a prefix saves as many linear FLOPs as any other, and the more attention the longer
-    the prefix: so those with fewer frames make room.
+    the prefix. Those of lower stages hold more frames, so later stages make room, and in a stage
+    later steps: always the same ones, or each unit would drop what it needs next.
     """
 
     def __init__(self, model: PyramidModel, gigabytes: float):
@@ -222,14 +223,13 @@ class _Cache:
         return velocity
 
     def _store(self, key: tuple[int, int, int], prefix: Any) -> None:
-        """Put it in place of its shorter self, unless only longer ones could make room."""
+        """Put it in place of its shorter self, unless only those before it could make room."""
         others = {k: p for k, p in self.prefixes.items() if k != key}
         room = self.budget - prefix.nbytes - sum(p.nbytes for p in others.values())
-        shorter = [k for k, p in others.items() if p.frames < prefix.frames]
-        for leaving in sorted(shorter, key=lambda k: others[k].frames):
+        for later in sorted((k for k in others if k > key), reverse=True):
             if room >= 0:
                 break
-            room += others.pop(leaving).nbytes
+            room += others.pop(later).nbytes
         if room >= 0:
             self.prefixes = others | {key: prefix}
 

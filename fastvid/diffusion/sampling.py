@@ -2,7 +2,8 @@
 
 A sampler calls `model(latents, timestep, known=known, **condition)` once per step of the schedule,
 with one shared timestep, int64 (1,). Its state is kept in fp32 (fp64 for fp64 noise) in two buffers
-that take turns; the model sees the dtype of `noise`. No step waits for a device.
+that take turns; the model sees the dtype of `noise`. A step is one pass (`guided_step`) that leaves
+given cells clean, but for a learned variance. No step waits for a device.
 
 Given cells stand clean in every model input and come out bit for bit as they went in.
 
@@ -11,15 +12,17 @@ inversion); Ho & Salimans, arXiv:2207.12598 (guidance).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Generator, Tensor
 
+from fastvid.functional import guided_step
+
 from .process import (
     FixedVariance,
     Prediction,
-    check_fixed_variance,
     check_prediction,
     known_cells,
     mix_known,
@@ -27,7 +30,8 @@ from .process import (
     split_variance,
 )
 from .schedule import Schedule
-from .steps import check_eta, ddim_inverse_step, ddim_step, ddpm_step
+from .steps import ddim_inverse_step, ddpm_step
+from .tables import ddim_table, ddpm_table
 
 Condition = Mapping[str, Any]
 Progress = Callable[[int, int], None]  # (steps done, steps in all)
@@ -60,7 +64,7 @@ def sample_ddpm(
 
     Args:
         model: returns C channels, or 2C with a learned variance.
-        noise: (B, C, T, H, W) standard normal, see `draw_noise`.
+        noise: (B, C, T, H, W) standard normal, see `draw_noise`; float64 on the CPU only.
         schedule: one model call per step; shorten it with `respace`.
         known: bool (B or 1, T) or (B or 1, T, H, W), True = given; needs `clean`.
         clean: (B, C, T, H, W) the given latents; only known cells are looked at.
@@ -77,24 +81,31 @@ def sample_ddpm(
         ValueError, TypeError: an argument is not as above, or noise prediction at zero terminal
             SNR.
     """
-    check_fixed_variance(fixed_variance)
-    x, spare = _begin(noise, schedule, known, clean, prediction)
-    for index in _downward(schedule, progress):
-        output = _call(model, x, index, schedule, noise, known, clean, condition)
+    x, spare, clean = _begin(noise, schedule, known, clean, prediction)
+    table = ddpm_table(
+        schedule, prediction=prediction, fixed_variance=fixed_variance, dtype=x.dtype
+    ).to(x.device, non_blocking=True)
+    step = partial(guided_step, clip=clip, known=known, clean=clean)
+    for index, row in _downward(schedule, progress, x.device):
+        output = _call(model, x, index, schedule, noise, known, condition)
+        predicted, fraction = split_variance(output, noise.shape[1])
         step_noise = _step_noise(x, generator) if index else None
-        ddpm_step(
-            output,
-            x,
-            index,
-            schedule,
-            noise=step_noise,
-            prediction=prediction,
-            fixed_variance=fixed_variance,
-            clip=clip,
-            out=spare,
-        )
+        if fraction is None:
+            step(x, predicted, table, row, noise=step_noise, out=spare)
+        else:
+            ddpm_step(
+                output,
+                x,
+                index,
+                schedule,
+                noise=step_noise,
+                prediction=prediction,
+                clip=clip,
+                out=spare,
+            )
+            spare = spare if clean is None else mix_known(spare, clean, known)
         x, spare = spare, x
-    return _finish(x, noise, known, clean)
+    return x.to(noise.dtype)
 
 
 @torch.no_grad()
@@ -117,24 +128,17 @@ def sample_ddim(
     The other arguments, the result and the errors are those of `sample_ddpm`. A learned variance
     is not used.
     """
-    check_eta(eta)
-    x, spare = _begin(noise, schedule, known, clean, prediction)
-    for index in _downward(schedule, progress):
-        output = _call(model, x, index, schedule, noise, known, clean, condition)
+    x, spare, clean = _begin(noise, schedule, known, clean, prediction)
+    table = ddim_table(schedule, eta=eta, prediction=prediction, dtype=x.dtype)
+    table = table.to(x.device, non_blocking=True)
+    step = partial(guided_step, clip=clip, known=known, clean=clean)
+    for index, row in _downward(schedule, progress, x.device):
+        output = _call(model, x, index, schedule, noise, known, condition)
+        predicted, _ = split_variance(output, noise.shape[1])
         step_noise = _step_noise(x, generator) if index and eta else None
-        ddim_step(
-            output,
-            x,
-            index,
-            schedule,
-            noise=step_noise,
-            prediction=prediction,
-            eta=eta,
-            clip=clip,
-            out=spare,
-        )
+        step(x, predicted, table, row, noise=step_noise, out=spare)
         x, spare = spare, x
-    return _finish(x, noise, known, clean)
+    return x.to(noise.dtype)
 
 
 @torch.no_grad()
@@ -162,11 +166,12 @@ def invert_ddim(
     Raises:
         ValueError, TypeError: as `sample_ddpm`.
     """
-    x, spare = _begin(latents, schedule, known, latents, prediction)
+    x, spare, clean = _begin(latents, schedule, known, latents, prediction)
     total = len(schedule)
     for index in range(-1, total - 1):  # -1 is clean data; the model has no number for it
         at = max(index, 0)
-        output = _call(model, x, at, schedule, latents, known, latents, condition)
+        seen = x if clean is None else mix_known(x, clean, known)
+        output = _call(model, seen, at, schedule, latents, known, condition)
         ddim_inverse_step(output, x, index, schedule, prediction=prediction, clip=clip, out=spare)
         x, spare = spare, x
         if progress:
@@ -190,11 +195,12 @@ def one_step_x0(
     Best with `"x0"` or `"v"`: a noise prediction's error is multiplied by sigma / alpha (about 160
     at the end of the 1000-step linear chain). Arguments, result and errors: as `sample_ddpm`.
     """
-    x, _ = _begin(noise, schedule, known, clean, prediction)
+    x, _, clean = _begin(noise, schedule, known, clean, prediction)
     last = len(schedule) - 1
-    output = _call(model, x, last, schedule, noise, known, clean, condition)
+    output = _call(model, x, last, schedule, noise, known, condition)
     predicted, _ = split_variance(output, noise.shape[1])
-    return _finish(predict_x0(predicted, x, last, schedule, prediction), noise, known, clean)
+    x0 = predict_x0(predicted, x, last, schedule, prediction)
+    return (x0 if clean is None else mix_known(x0, clean, known)).to(noise.dtype)
 
 
 def guided(model: Model, scale: float, unconditional: Condition, *, batched: bool = False) -> Model:
@@ -290,8 +296,9 @@ def _begin(
     known: Tensor | None,
     clean: Tensor | None,
     prediction: Prediction,
-) -> tuple[Tensor, Tensor]:
-    """Check what all samplers take; the state, a copy of `noise`, and a buffer like it."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Check what all samplers take; the state, a copy of `noise` that is clean where known, a
+    buffer like it, and `clean` in its dtype, None where nothing is known."""
     if noise.ndim != 5 or not noise.is_floating_point():
         raise ValueError(
             f"noise must be float (B, C, T, H, W), got {noise.dtype} of shape {tuple(noise.shape)}"
@@ -306,14 +313,22 @@ def _begin(
                 f"clean must be {noise.dtype} of shape {tuple(noise.shape)} like noise, got "
                 f"{clean.dtype} of shape {tuple(clean.shape)}"
             )
-    x = noise.to(torch.promote_types(noise.dtype, torch.float32), copy=True)
-    return x, torch.empty_like(x)
+    wide = torch.promote_types(noise.dtype, torch.float32)
+    x = noise.to(wide, copy=True, memory_format=torch.contiguous_format)
+    if known is None or clean is None:
+        return x, torch.empty_like(x), None
+    clean = clean.to(wide)
+    return mix_known(x, clean, known), x, clean
 
 
-def _downward(schedule: Schedule, progress: Progress | None) -> Iterator[int]:
+def _downward(
+    schedule: Schedule, progress: Progress | None, device: torch.device
+) -> Iterator[tuple[int, Tensor]]:
+    """The indices of the chain, the noisiest first, with their rows in a table, on `device`."""
     total = len(schedule)
+    rows = torch.arange(total, device=device)
     for index in reversed(range(total)):
-        yield index
+        yield index, rows[total - 1 - index]
         if progress:
             progress(total - index, total)
 
@@ -325,20 +340,13 @@ def _call(
     schedule: Schedule,
     noise: Tensor,
     known: Tensor | None,
-    clean: Tensor | None,
     condition: Condition | None,
 ) -> Tensor:
-    latents = x if clean is None else mix_known(x, clean, known)
     # A fresh tensor filled on the device: neither a copy from the host nor a view whose address
     # would make a compiled model start over.
     timestep = torch.full((1,), int(schedule.timestep_map[index]), device=x.device)
-    return model(latents.to(noise.dtype), timestep, known=known, **(condition or {}))
+    return model(x.to(noise.dtype), timestep, known=known, **(condition or {}))
 
 
 def _step_noise(x: Tensor, generator: Generator | Sequence[Generator] | None) -> Tensor:
     return draw_noise(x.shape, generator, device=x.device, dtype=x.dtype)
-
-
-def _finish(x: Tensor, noise: Tensor, known: Tensor | None, clean: Tensor | None) -> Tensor:
-    x = x.to(noise.dtype)
-    return x if clean is None else mix_known(x, clean, known)

@@ -20,7 +20,7 @@ Detector = Callable[[Tensor], Tensor]
 Variant = Literal["styleganv", "videogpt", "tf"]
 
 SIDE = 224  # pixels, what I3D was trained on
-MIN_FRAMES = 10  # below it I3D's last temporal window is empty
+MIN_FRAMES = 10  # what common code asks for; below 9 I3D's last temporal window is empty
 # A TorchScript file is code, so only this one, by its git blob id, is ever loaded.
 I3D_NAME, I3D_BLOB = "i3d_torchscript.pt", "93daef59c7ae0e9e8f76225521407e60cbafa6aa"
 I3D_STATE_NAME = "i3d_pretrained_400.pt"
@@ -75,6 +75,7 @@ class FVD:
             "videogpt": short side to 224, bilinear, then centre crop;
             "tf": 224 x 224 by the original's TF1 bilinear (no half-pixel centres), aspect lost.
         device: where a file detector runs.
+        min_frames: shorter clips are refused. I3D itself takes 9, of which VIDIM-Bench makes use.
     Raises:
         FileNotFoundError, ValueError: no such file, another file, an unknown variant.
     Source: Unterthiner et al., arXiv:1812.01717; variants of StyleGAN-V, VideoGPT and the
@@ -87,18 +88,20 @@ class FVD:
         *,
         variant: Variant = "styleganv",
         device: str | torch.device = "cpu",
+        min_frames: int = MIN_FRAMES,
     ):
         if variant not in PREPARE:
             raise ValueError(f"variant must be one of {', '.join(PREPARE)}, got {variant!r}")
         self.variant: Variant = variant
         self.definition = f"FVD ({variant})"
+        self.min_frames = min_frames
         self.detector = detector if callable(detector) else _load(Path(detector), variant, device)
         self.device = None if callable(detector) else torch.device(device)
         self.real: list[Tensor] = []
         self.fake: list[Tensor] = []
 
     def update(self, *, real: Tensor | None = None, fake: Tensor | None = None) -> None:
-        """Add clips (B, 3, T, H, W) in [0, 1], at least 10 frames, to either set."""
+        """Add clips (B, 3, T, H, W) in [0, 1], at least `min_frames`, to either set."""
         if real is not None:
             self.real.append(self.features(real))
         if fake is not None:
@@ -115,12 +118,12 @@ class FVD:
         """(B, 3, T, H, W) in [0, 1] -> (B, D) float64 on the CPU.
 
         Raises:
-            TypeError, ValueError: see `expect_unit_video`; fewer than 10 frames.
+            TypeError, ValueError: see `expect_unit_video`; fewer than `min_frames`.
         """
         expect_unit_video("video", video)
         B, _, T, _, _ = video.shape
-        if T < MIN_FRAMES:
-            raise ValueError(f"FVD needs clips of at least {MIN_FRAMES} frames, got {T}")
+        if self.min_frames > T:
+            raise ValueError(f"FVD needs clips of at least {self.min_frames} frames, got {T}")
         levels = (video.to(self.device or video.device, torch.float32) * 255).round()
         # reshape: I3D drops the batch axis of a single clip
         return self.detector(PREPARE[self.variant](levels)).reshape(B, -1).double().cpu()

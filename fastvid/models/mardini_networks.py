@@ -62,8 +62,10 @@ class PlannerBlock(nn.Module):
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         y = norm_modulate(x, *_weight(self.spatial_norm), rms=True, eps=EPS)
-        x, y = _add_norm(x, self.spatial(y, stream), self.clip_norm)
-        x, y = _add_norm(x, self.clip(y, stream), self.mlp_norm)
+        y, _ = self.spatial(y, stream)
+        x, y = _add_norm(x, y, self.clip_norm)
+        y, _ = self.clip(y, stream)
+        x, y = _add_norm(x, y, self.mlp_norm)
         return x + self.mlp(y)
 
 
@@ -140,36 +142,38 @@ class GeneratorBlock(nn.Module):
         context: Context,
         stream: Stream,
         given: PlanningKV | None = None,
+        *,
+        last: bool = False,
         wanted: Places | None = None,
-        unwanted: Tensor | None = None,
-    ) -> Tensor:
-        """Tokens x (B, F * N, D) of frames of which some may be known, or, with `given`, none.
+    ) -> tuple[Tensor, PlanningKV | None]:
+        """Tokens x (B, F * N, D) to the same; of known frames by themselves, what others read too.
 
         Args:
             times, plan: (B or 1, F or 1, D), embeddings of the timestep, and with the plan added.
-            context: of all these frames.
-            given: what `alone` made of the known frames, then F counts the others only.
+            context: of these frames.
+            given: what this block returned of known frames by themselves.
+            last: nothing reads known frames after this block: anything may come back for them.
             wanted: only these frames come back.
-            unwanted: (B or 1, F) bool, frames for which anything may come back.
         """
-        x, y = self._within(x, times, stream)
-        h, count = self.between(y, stream, given, wanted), stream.frames
+        y, count = x, stream.frames  # y: what a part reads, then what it found
+        shift, scale, gate = self.spatial_condition(times)
+        y, _ = self.spatial(norm_modulate(y, shift, scale, rms=True, eps=EPS), stream)
+        x, y = _add_norm(x, y, self.between_norm, gate)
+        y, own = self.between(y, stream, given, wanted=wanted)
+        if stream.alone and last:
+            return x, own
         if wanted is not None:
             x = take(x.unflatten(1, (count, -1)), wanted)
             count, x = x.shape[1], x.flatten(1, 2)
             plan, context = take(plan, wanted), self.context_of(context, wanted)
-        return self._after(x, h, plan, context, count, unwanted)
-
-    def alone(
-        self, x: Tensor, times: Tensor, plan: Tensor, context: Context, stream: Stream, last: bool
-    ) -> tuple[Tensor, PlanningKV]:
-        """The same for known frames only, and what they are to others; the `last` wants just that.
-
-        A known frame never sees another, so this is all that there is to know of it.
-        """
-        x, y = self._within(x, times, stream)
-        h, given = self.between.alone(y, stream, last=last)
-        return x if last else self._after(x, h, plan, context, stream.frames), given
+        x, y = _add_norm(x, y, self.cross_norm)
+        if isinstance(context, Tensor):
+            context = self.cross.project_context(context)
+        unwanted = stream.known if last and wanted is None else None
+        y = self.cross(y.unflatten(1, (count, -1)), context, unwanted).flatten(1, 2)
+        shift, scale, gate = self.mlp_condition(plan)
+        x, y = gated_residual_norm_modulate(x, y, None, shift, scale, rms=True, eps=EPS)
+        return gated_residual(x, self.mlp(y), gate), own
 
     def context_of(self, context: Context, chosen: Places) -> Context:
         """What the chosen frames read of the context of all."""
@@ -265,10 +269,11 @@ class MarDiniGenerator(nn.Module):
             times = self._times(torch.zeros_like(timestep)).where(known[:, :, None], times)
         plan = times + planning.frame
         for index, (block, context) in enumerate(zip(self.blocks, planning.contexts, strict=True)):
-            ends: tuple[Any, ...] = ()
+            end: dict[str, Any] = {}
             if index == len(self.blocks) - 1:
-                ends = (None, wanted, known if wanted is None else None)
-            x = _run(block, index < checkpoint_blocks, x, times, plan, context, stream, *ends)
+                end = {"last": True, "wanted": wanted}
+            again = index < checkpoint_blocks
+            x, _ = _run(block, again, x, times, plan, context, stream, **end)
         if wanted is not None:
             times = take(times, wanted)
         x = self._leave(x, times, latents)
@@ -285,12 +290,12 @@ class MarDiniGenerator(nn.Module):
             raise ValueError(f"known must hold as many frames in each sample, got {counts}")
         x, stream = self._enter(clean, None, ours)
         times = self._times(torch.zeros(1, dtype=torch.int64, device=clean.device))
+        stream = stream._replace(alone=True)
         own, given = self._planning_of(planning, ours), []
         plan = times + own.frame
-        blocks = cast(list[GeneratorBlock], self.blocks)
-        for index, (block, context) in enumerate(zip(blocks, own.contexts, strict=True)):
-            last = index == len(blocks) - 1
-            x, kv = block.alone(x, times, plan, context, stream, last)
+        for index, (block, context) in enumerate(zip(self.blocks, own.contexts, strict=True)):
+            last = index == len(self.blocks) - 1
+            x, kv = block(x, times, plan, context, stream, last=last)
             given.append(kv)
         return References(tuple(given), self._planning_of(planning, others), others, known.shape[1])
 
@@ -301,7 +306,7 @@ class MarDiniGenerator(nn.Module):
         plan = times + known.planning.frame
         parts = zip(self.blocks, known.planning.contexts, known.given, strict=True)
         for block, context, given in parts:
-            x = block(x, times, plan, context, stream, given)
+            x, _ = block(x, times, plan, context, stream, given)
         return put(self._leave(x, times, latents), known.places, known.frames, dim=2)
 
     def _planning_of(self, planning: Planning, chosen: Places) -> Planning:
@@ -340,11 +345,11 @@ class MarDiniGenerator(nn.Module):
         return to_latents(x, rows, config.patch).to(latents.dtype)
 
 
-def _run(block: nn.Module, again: bool, *inputs: Any) -> Tensor:
-    """`block(*inputs)`, recomputed in the backward where `again`."""
+def _run(block: nn.Module, again: bool, *inputs: Any, **options: Any) -> Any:
+    """`block(*inputs, **options)`, recomputed in the backward where `again`."""
     if again and torch.is_grad_enabled():
-        return checkpoint(block, *inputs, use_reentrant=False)
-    return block(*inputs)
+        return checkpoint(block, *inputs, use_reentrant=False, **options)
+    return block(*inputs, **options)
 
 
 def _weight(norm: nn.RMSNorm, groups: int | None = None) -> tuple[Tensor, Tensor]:

@@ -37,6 +37,7 @@ class Stream(NamedTuple):
     rotary: Rotary
     known: Tensor | None = None  # (B or 1, F) bool; None: all are to be made
     visibility: Visibility | None = None  # of all frames that attention over a clip reads
+    alone: bool = False  # all are known, and computed without the others
 
 
 class FrameAttention(nn.Module):
@@ -78,55 +79,56 @@ class FrameAttention(nn.Module):
         x: Tensor,
         stream: Stream,
         given: PlanningKV | None = None,
+        *,
         wanted: Places | None = None,
-    ) -> Tensor:
-        """What the tokens x find in each other and in `given`, keys and values of known frames.
+    ) -> tuple[Tensor, PlanningKV | None]:
+        """What the tokens x find, and, of frames `alone`, what they are to others.
 
-        `given`, from `alone`, is (B, R, N, heads, E); then no frame of x is known. Of `wanted`
-        frames only, if that is said.
+        Args:
+            given: keys and values (B, R, N, heads, E) of frames that were `alone`; then no frame
+                of x is known.
+            wanted: only these frames come back.
         """
-        q, k, v = self._project(x, stream)
-        if self.over == "frame":
-            out = _within_frames(q, k, v)
-        elif self.over == "clip":
-            if given is not None:
-                k, v = torch.cat([given.k, k], 1), torch.cat([given.v, v], 1)
-            assert stream.visibility is not None
-            q_, k_, v_ = (part.flatten(1, 2) for part in (q, k, v))
-            out = masked_attention(q_, k_, v_, stream.visibility)
-        elif given is not None:
-            # As many queries as keys: a known frame's are never read.
-            q, k, v = (
-                torch.cat(pair, 1) for pair in zip((given.k, *given), (q, k, v), strict=True)
-            )
-            known = torch.arange(k.shape[1], device=x.device)[None] < given.k.shape[1]
-            out = temporal_attention(q, k, v, known=known)[:, given.k.shape[1] :]
+        own = None
+        if stream.alone and self.over != "frame":
+            out, own = self._alone(x, stream)
         else:
-            out = temporal_attention(
-                q, k, v, known=None if self.identity == "none" else stream.known
-            )
-        out = out.view(*q.shape[:1], -1, *q.shape[2:])
+            out = self._seeing(x, stream, given)
         if wanted is not None:
             out = take(out, wanted)
         out = apply_linear(self.proj, out.flatten(-2))
-        if wanted is None and self.identity == "bypass" and stream.known is not None:
-            out = out.where(~stream.known[:, :, None, None], 0)
-        return out.flatten(1, 2)
+        if self.identity == "bypass" and self.over != "frame":
+            if stream.alone:
+                out = torch.zeros_like(out)
+            elif stream.known is not None and wanted is None:
+                out = out.where(~stream.known[:, :, None, None], 0)
+        return out.flatten(1, 2), own
 
-    def alone(
-        self, x: Tensor, stream: Stream, *, last: bool = False
-    ) -> tuple[Tensor | None, PlanningKV]:
-        """What known frames x find in themselves, None if nothing; and what they are to others.
+    def _seeing(self, x: Tensor, stream: Stream, given: PlanningKV | None) -> Tensor:
+        q, k, v = self._project(x, stream)
+        if self.over == "frame":
+            return _within_frames(q, k, v)
+        if self.over == "clip":
+            if given is not None:
+                k, v = torch.cat([given.k, k], 1), torch.cat([given.v, v], 1)
+            assert stream.visibility is not None
+            q, k, v = (part.flatten(1, 2) for part in (q, k, v))
+            out = masked_attention(q, k, v, stream.visibility)
+            return out.unflatten(1, (stream.frames, -1))
+        if given is None:
+            known = None if self.identity == "none" else stream.known
+            return temporal_attention(q, k, v, known=known)
+        # As many queries as keys: a known frame's are never read.
+        R = given.k.shape[1]
+        q, k, v = (torch.cat(pair, 1) for pair in zip((given.k, *given), (q, k, v), strict=True))
+        known = torch.arange(k.shape[1], device=x.device)[None] < R
+        return temporal_attention(q, k, v, known=known)[:, R:]
 
-        `last` wants only the second. Queries of frames that see one token are never made.
-        """
-        own_frame = self.identity == "self_frame" and not last
+    def _alone(self, x: Tensor, stream: Stream) -> tuple[Tensor, PlanningKV]:
+        """Known frames see themselves; queries of tokens that see one token are never made."""
+        own_frame = self.identity == "self_frame"
         q, k, v = self._project(x, stream, queries=own_frame)
-        out = None
-        if not last and self.identity != "bypass":
-            out = _within_frames(q, k, v) if own_frame else v
-            out = apply_linear(self.proj, out.flatten(-2)).flatten(1, 2)
-        return out, PlanningKV(k, v)
+        return _within_frames(q, k, v) if own_frame else v, PlanningKV(k, v)
 
     def _project(
         self, x: Tensor, stream: Stream, *, queries: bool = True

@@ -2,11 +2,10 @@
 
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvid.functional import norm_modulate
+from fastvid import functional
 from fastvid.modules.linear import Deferred, is_plain
 
 
@@ -28,7 +27,7 @@ def normed(x: Tensor, norm: nn.Module) -> Tensor | Deferred:
 
 
 def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return norm_modulate(x.flatten(1, 2), shift, scale).view(x.shape)
+    return functional.norm_modulate(x.flatten(1, 2), shift, scale).view(x.shape)
 
 
 def _normed(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor:
@@ -44,5 +43,6 @@ def gated_residual(
     """
     if gate is None:
         return x.add_(branch) if in_place else x + branch
-    gate = gate[:, None, None]
-    return x.addcmul_(branch, gate) if in_place else torch.addcmul(x, branch, gate)
+    if in_place:
+        return x.addcmul_(branch, gate[:, None, None])
+    return functional.gated_residual(x.flatten(1, 2), branch.flatten(1, 2), gate).view(x.shape)

@@ -158,10 +158,10 @@ def build_codec(config: CodecConfig) -> Codec:
     )
 
 
-def shrink(video: Tensor, size: tuple[int, int]) -> Tensor:
+def shrink(video: Tensor, size: tuple[int, int], mode: str = "bilinear") -> Tensor:
     """(B, 3, T, H, W) at another size, antialiased."""
     frames = rearrange(video, "b c t h w -> (b t) c h w")
-    frames = F.interpolate(frames, size, mode="bilinear", antialias=True)
+    frames = F.interpolate(frames, size, mode=mode, antialias=True)
     return rearrange(frames, "(b t) c h w -> b c t h w", b=len(video))
 
 

@@ -152,7 +152,8 @@ def evaluate(
         sampler = (
             sampler_of(video, every[places]) if sampler_of else ddim_sampler(model, prediction)
         )
-        settings: dict[str, Any] = {"clip": clip, "progress": tick}
+        drawn = [generator(seed, "steps", place) for place in places]
+        settings: dict[str, Any] = {"clip": clip, "progress": tick, "generator": drawn}
         noises = (_noise(latents, seed, places, sample) for sample in range(samples))
         made = (_fill(sampler, x, chain, latents, known, starts, window, settings) for x in noises)
         draws = (to_unit(codec.decode(each)) for each in made)
@@ -160,7 +161,8 @@ def evaluate(
         if paired:
             if prediction != "eps" and len(starts) == 1:
                 x = _noise(latents, seed, places, 0)
-                mean = sampler(x, respace(schedule, 1), known=known, clean=latents)
+                last = respace(schedule, 1)
+                mean = sampler(x, last, known=known, clean=latents, generator=drawn)
                 rows["one_step_mean"] = to_unit(codec.decode(mean))
             if samples > 1:
                 rows["sample_mean"] = sum(draws, rows["sample"]) / samples

@@ -86,7 +86,7 @@ class Family(Protocol):
         Args:
             guidance: scale of classifier-free guidance; None is the family's own.
         Raises:
-            ValueError: the family has no guidance.
+            ValueError: the family has no guidance, or the run trained nothing that samples.
         """
 
 

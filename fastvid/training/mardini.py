@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from fastvid.diffusion import mardini
 from fastvid.diffusion.process import mix_known
@@ -129,9 +131,42 @@ def sample(
         return mix_known(rebuilt.to(low.dtype), low, known), low
     guidance = 1.0 if config.stage.trains == "both" else 0.0
     made = mardini.sample(
-        model, draws.noise, schedule, known=known, clean=clean, low=low, guidance=guidance
+        _Sharded(model) if isinstance(model, FSDPModule) else model,
+        draws.noise,
+        schedule,
+        known=known,
+        clean=clean,
+        low=low,
+        guidance=guidance,
     )
     return made, clean
+
+
+class _Sharded:
+    """MarDini under FSDP, whose blocks are whole within `forward` only: every step plans anew."""
+
+    def __init__(self, model: MarDini):
+        self.model = model
+
+    def plan(self, low: Tensor, known: Tensor) -> Tensor:
+        return low
+
+    def project(self, signal: Tensor | None) -> Tensor | None:
+        return signal
+
+    def references(self, clean: Tensor, known: Tensor, planning: Tensor) -> None:
+        raise NotImplementedError("references are not made of a sharded model")
+
+    def __call__(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        *,
+        known: Tensor,
+        planning: Tensor | None,
+        references: None,
+    ) -> Tensor:
+        return self.model(latents, timestep, known=known, low=planning)
 
 
 def sampling(model: MarDini, task: str, frames: int, *, one_pass: bool) -> MarDini:
@@ -145,7 +180,14 @@ def sampling(model: MarDini, task: str, frames: int, *, one_pass: bool) -> MarDi
 def sampler_of(
     model: MarDini, codec: Codec, config: TrainMarDini, *, guidance: float | None = None
 ) -> tuple[SamplerOf, Spacing]:
-    """The planner reads given frames from the video, those made in earlier windows as decoded."""
+    """The planner reads given frames from the video, those made in earlier windows as decoded.
+
+    A generator that was trained alone samples without a plan.
+    """
+    if config.stage.trains == "planner":
+        raise ValueError("a run of stage.trains = 'planner' makes no samples: train a stage on it")
+    if config.stage.trains == "generator" and guidance is None:
+        guidance = 0.0
     references = model.config.generator.ref_t == "zero"
 
     def sampler_for(video: Tensor | None, given: Tensor) -> Sampler:
@@ -165,7 +207,8 @@ def sampler_of(
             real = torch.zeros_like(known)
             if video is not None:
                 real[:] = given[:, start : start + T].cpu() & known
-            low = _low(model, codec, video, start, real, known, clean)
+            drawn = settings.get("generator")  # one for each sample, or None
+            low = _low(model, codec, video, start, real, known, clean, drawn)
             scale = guidance
             if scale is None:
                 scale = GUIDANCE if (known.sum(1) == 1).all() else 1.0
@@ -194,12 +237,14 @@ def _low(
     real: Tensor,
     known: Tensor,
     clean: Tensor,
+    generators: Sequence[torch.Generator] | None,
 ) -> Tensor:
     """The known frames of a window at the planning resolution, (B, C, T, h, w).
 
     Args:
         real, known: (B, T), frames to take from the video, which has them from `start` on, and
             all; the others are decoded from `clean`, no more of them than are wanted.
+        generators: of the codec's own draws, one per sample.
     """
     B, C, T, H, W = clean.shape
     size = low_size(model, (H * codec.factor, W * codec.factor), codec.factor)
@@ -210,7 +255,8 @@ def _low(
     ):
         at = wanted.any(0).nonzero().flatten()
         if len(at):
-            made = codec.encode(shrink(read(at.to(clean.device)), size)).to(low)
+            frames = shrink(read(at.to(clean.device)), size)
+            made = codec.encode(frames, generators=generators).to(low)
             there = wanted[:, None, at, None, None].to(low.device)
             low[:, :, at] = torch.where(there, made, low[:, :, at])
     return low

@@ -246,11 +246,10 @@ class Visibility:
         key_lengths: Tensor | Sequence | None = None,
     ) -> None:
         """Let `on_host` know what the tables are made of."""
-        queries, keys = (FrameLayout(layout.host or ()) for layout in (self.queries, self.keys))
-        other = None if self.keys is self.queries else keys
-        more = (t if t is None else torch.as_tensor(t).clone() for t in (self_only, key_lengths))
+        keys = None if self.keys is self.queries else self.keys.host
         table = torch.as_tensor(table).clone()
-        self._told = functools.partial(Visibility, table, queries, other, *more)
+        more = (t if t is None else torch.as_tensor(t).clone() for t in (self_only, key_lengths))
+        self._told = functools.partial(_from_host, self.queries.host or (), keys, table, *more)
 
     def __and__(self, other: Visibility) -> Visibility:
         self._expect_same_layouts(other)
@@ -349,6 +348,17 @@ class Visibility:
         size = f"{self.queries.frames} frames on {self.keys.frames}"
         more = f", first of {self.batch} samples" if self.batch > 1 else ""
         return "\n".join([f"Visibility: {size}, {self.visible_share():.1%} visible{more}", *lines])
+
+
+def _from_host(
+    queries: Sequence[Sequence[int]],
+    keys: Sequence[Sequence[int]] | None,
+    table: Tensor,
+    self_only: Tensor | None,
+    key_lengths: Tensor | None,
+) -> Visibility:
+    layouts = FrameLayout(queries), None if keys is None else FrameLayout(keys)
+    return Visibility(table, *layouts, self_only, key_lengths)
 
 
 def _tensor_of(lengths: Sequence) -> Tensor:

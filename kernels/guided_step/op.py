@@ -100,7 +100,8 @@ def guided_step(
         prediction: (G * B, C, T, H, W) of the model, any float dtype, G whole batches: without
             guidance 1; with two branches (unconditional, conditional); with three (unconditional,
             image only, image and text).
-        table: (steps, 5) float32, from `fastvid.diffusion.tables`; row 0 is the first step taken.
+        table: (steps, 5) float32, or float64 beside such an `x`, from `fastvid.diffusion.tables`;
+            row 0 is the first step taken.
         step: int64 of one element, the row. Advance it by yourself, `step += 1`. Outside the table
             a GPU takes the nearest row, since it does not wait to see.
         guidance: None; `(scale,)`: u + scale * (c - u); or `(scale_text, scale_image)`:
@@ -125,9 +126,11 @@ def guided_step(
     expect_float("x", x)
     _expect_like("prediction", prediction, x, sizes, _branches(guidance))
     expect_shape("table", table, f"S {COLUMNS}")
-    if table.dtype != torch.float32 or table.shape[0] == 0:
+    precise = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if table.dtype not in (torch.float32, precise) or table.shape[0] == 0:
         raise TypeError(
-            f"table must be float32 with at least one row, got {table.dtype} {tuple(table.shape)}"
+            "table must be float32 with at least one row (or float64 beside such an x),"
+            f" got {table.dtype} {tuple(table.shape)}"
         )
     expect_device("table", table, "x", x)
     _expect_step(step, x)

@@ -24,7 +24,7 @@ from .tiles import Blocks, advance, own_tile, span, steps
 # By the padded head width, for 16-bit inputs.
 BLOCKS = {
     64: Blocks(128, 128, 4, 2),
-    80: Blocks(128, 128, 4, 2),
+    80: Blocks(128, 64, 4, 2),
     128: Blocks(128, 32, 4, 3),
 }
 # The compute capabilities on which it was measured to be the faster one.

@@ -39,6 +39,8 @@ def plans_of(
 ) -> tuple[Plan, ...]:
     """One plan for the whole batch, or one a sample, of interval tables (`_shared/intervals.py`).
 
+    Samples that see the same have one plan.
+
     Made once for tables of one content, which is looked up in a microsecond: the tables of a
     Visibility never change, and a model may build an equal one in every step.
 
@@ -57,10 +59,11 @@ def _plans(
 ) -> tuple[Plan, ...]:
     entries = numpy.frombuffer(rows, numpy.int32).reshape(*shape[:2], FIELDS)
     spans = numpy.frombuffer(row_spans, numpy.int32).reshape(shape)
-    return tuple(
+    plans = tuple(
         _plan(its_entries.tolist(), its_spans.tolist(), tokens, keys, together)
         for its_entries, its_spans in zip(entries, spans, strict=True)
     )
+    return plans[:1] if len(set(plans)) == 1 else plans
 
 
 def _plan(

@@ -21,6 +21,7 @@ class Rule(NamedTuple):
     calls: int  # groups of the whole batch, at most
 
 
+NOTHING_HIDDEN = Rule(rows=1, calls=1)  # at any size
 # The compute capabilities on which groups in 16 bits were measured to beat the kernel, and from
 # where on. Not measured yet: the kernel takes them all.
 FASTER_ON: dict[tuple[int, int], Rule] = {}
@@ -30,16 +31,22 @@ def plans_for(
     q: Tensor, k: Tensor, visibility: Visibility, wants_gradient: bool
 ) -> tuple[Plan, ...] | None:
     """The groups of a call that PyTorch's attention takes, None where the room's kernel does."""
-    capability = None if wants_gradient else _capability(q)
-    if capability is None or not q.numel():
+    if wants_gradient or not q.numel():
         return None
-    rule = FASTER_ON.get(capability)
-    if not visibility.sees_all and (rule is None or q.dtype == torch.float32):
+    rule = _rule(q, visibility)
+    plans = None if rule is None else grouped(visibility, q.shape[1], k.shape[1])
+    return plans if rule and plans and _serves(rule, plans) else None
+
+
+def _rule(q: Tensor, visibility: Visibility) -> Rule | None:
+    if not (visibility.sees_all or FASTER_ON):
+        return None  # without a look at the device
+    capability = _capability(q)
+    if capability is None:
         return None
-    plans = grouped(visibility, q.shape[1], k.shape[1])
-    if plans is None or visibility.sees_all or _serves(rule, plans):
-        return plans
-    return None
+    if visibility.sees_all:
+        return NOTHING_HIDDEN
+    return None if q.dtype == torch.float32 else FASTER_ON.get(capability)
 
 
 def grouped(visibility: Visibility, tokens: int, keys: int) -> tuple[Plan, ...] | None:
@@ -50,9 +57,9 @@ def grouped(visibility: Visibility, tokens: int, keys: int) -> tuple[Plan, ...] 
     return plans_of(told.rows, told.row_spans, tokens, keys, together=0)
 
 
-def _serves(rule: Rule | None, plans: tuple[Plan, ...]) -> bool:
+def _serves(rule: Rule, plans: tuple[Plan, ...]) -> bool:
     groups = [size(queries) for plan in plans for queries, _ in plan.rectangles]
-    return rule is not None and len(groups) <= rule.calls and min(groups, default=0) >= rule.rows
+    return len(groups) <= rule.calls and min(groups, default=0) >= rule.rows
 
 
 def _capability(q: Tensor) -> tuple[int, int] | None:

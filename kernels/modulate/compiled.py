@@ -17,18 +17,18 @@ def serves(stream: torch.dtype, branch: Iterable[torch.dtype], *rows: Tensor | N
     return len(branch) == 1 and {stream, *branch, *modulation} <= set(KNOWN)
 
 
-def add_backward(dsum, h, gate):
+def add_backward(dsum, h, gate, starts):
     """dh, dgate."""
     dsum, h, rows = _all_rows_together(dsum, h, gate)
     dh = h.new_empty(h.shape)
     if not dh.numel():
         return dh, gate.new_zeros(gate.shape)
     dgate = gate.new_empty(gate.shape)
-    torch.ops.fastvid_cpp.gated_residual_backward(dsum, h, rows, dh, dgate)
+    torch.ops.fastvid_cpp.gated_residual_backward(dsum, h, rows, starts, dh, dgate)
     return dh, dgate
 
 
-def forward(x, h, gate, shift, scale, rms, eps, dtype):
+def forward(x, h, gate, shift, scale, starts, rms, eps, dtype):
     """The sum (None without h), y, mean, rstd."""
     x, h, gate, shift, scale = _all_rows_together(x, h, gate, shift, scale)
     total = None if h is None else x.new_empty(x.shape)
@@ -37,12 +37,12 @@ def forward(x, h, gate, shift, scale, rms, eps, dtype):
     mean = rstd.new_empty(0) if rms else torch.empty_like(rstd)
     if y.numel():
         torch.ops.fastvid_cpp.norm_modulate(
-            x, h, gate, shift, scale, rms, eps, total, y, mean, rstd
+            x, h, gate, shift, scale, starts, rms, eps, total, y, mean, rstd
         )
     return total, y, mean, rstd
 
 
-def backward(dsum, dy, total, h, gate, scale, mean, rstd, rms):
+def backward(dsum, dy, total, h, gate, scale, starts, mean, rstd, rms):
     """dx, dh, dgate, dshift, dscale; dh and dgate are empty without a gate."""
     dsum, dy, total, h, gate, scale = _all_rows_together(dsum, dy, total, h, gate, scale)
     make = torch.Tensor.new_empty if total.numel() else torch.Tensor.new_zeros
@@ -51,7 +51,7 @@ def backward(dsum, dy, total, h, gate, scale, mean, rstd, rms):
     if total.numel():
         given = (dh, dgate) if gate is not None else (None, None)
         torch.ops.fastvid_cpp.norm_modulate_backward(
-            dsum, dy, total, h, gate, scale, mean, rstd, rms, dx, *given, dshift, dscale
+            dsum, dy, total, h, gate, scale, starts, mean, rstd, rms, dx, *given, dshift, dscale
         )
     return dx, dh, dgate, dshift, dscale
 

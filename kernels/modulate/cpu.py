@@ -5,7 +5,7 @@ in pieces that stay in the cache through all passes over them. Where a piece lie
 the modulation is the affine part of PyTorch's LayerNorm, forward and backward: one pass.
 """
 
-from itertools import repeat
+from itertools import pairwise, repeat
 
 import torch
 from torch import Tensor
@@ -16,8 +16,13 @@ NARROW = (torch.float16, torch.bfloat16)
 layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
 
 
-def add(x: Tensor, h: Tensor, gate: Tensor | None) -> Tensor:
+def add(x: Tensor, h: Tensor, gate: Tensor | None, starts: Tensor | None = None) -> Tensor:
     """`x + gate * h` in the dtype of x."""
+    if starts is not None and gate is not None:
+        token = torch.arange(x.shape[1], dtype=starts.dtype, device=x.device)
+        ends = starts[:, 1:].contiguous()
+        group = torch.searchsorted(ends, token.repeat(len(ends), 1), right=True)
+        gate = gate[torch.arange(len(gate), device=x.device)[:, None], group]  # a row per token
     total = out = x.new_empty(x.shape)
     if gate is None:
         return torch.add(x, h, out=total)
@@ -30,8 +35,17 @@ def add(x: Tensor, h: Tensor, gate: Tensor | None) -> Tensor:
     return total
 
 
-def add_backward(dsum: Tensor, h: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+def add_backward(
+    dsum: Tensor, h: Tensor, gate: Tensor, starts: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """dh, dgate."""
+    if starts is not None:
+        dh, dgate = h.new_empty(h.shape), _wide_zeros(gate, h)
+        for dsum_, h_, dh_, gate_, dgate_ in _unequal(starts, (dsum, h, dh), (gate, dgate)):
+            found = add_backward(dsum_, h_, gate_.to(dgate.dtype), None)
+            dh_.copy_(found[0])
+            dgate_ += found[1]
+        return dh, dgate.to(gate.dtype)
     groups = _Groups(h, gate)
     dh, dgate = h.new_empty(groups.shape), groups.zeros()
     inputs = groups.tokens(dsum), groups.tokens(h), groups.modulation(gate, gate.dtype)
@@ -41,11 +55,21 @@ def add_backward(dsum: Tensor, h: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]
     return dh.view(h.shape), groups.summed(dgate, gate)
 
 
-def forward(x, h, gate, shift, scale, rms, eps, dtype):
+def forward(x, h, gate, shift, scale, starts, rms, eps, dtype):
     """The sum (None without h), y, mean, rstd. Float32 inside, for float64 float64."""
     total = None
     if h is not None:
-        x = total = add(x, h, gate)
+        x = total = add(x, h, gate, starts)
+    if starts is not None:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        y, rstd = x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:2], dtype=wide)
+        mean = None if rms else torch.empty_like(rstd)
+        for x_, y_, mean_, rstd_, *rows in _unequal(starts, (x, y, mean, rstd), (shift, scale)):
+            found = forward(x_, None, None, *rows, None, rms, eps, dtype)[1:]
+            for whole, part in zip((y_, mean_, rstd_), found, strict=True):
+                if whole is not None:
+                    whole.copy_(part)
+        return total, y, x.new_empty(0, dtype=wide) if mean is None else mean, rstd
     groups = _Groups(x, scale)
     tokens, D = groups.tokens(x), x.shape[-1:]
     gain, offset = 1 + groups.modulation(scale), groups.modulation(shift)
@@ -73,8 +97,10 @@ def forward(x, h, gate, shift, scale, rms, eps, dtype):
     return total, y.view(x.shape), mean, rstd.view(rows)
 
 
-def backward(dsum, dy, total, h, gate, scale, mean, rstd, rms):
+def backward(dsum, dy, total, h, gate, scale, starts, mean, rstd, rms):
     """dx, dh, dgate, dshift, dscale; dh and dgate are empty without a gate."""
+    if starts is not None:
+        return _backward_unequal(dsum, dy, total, h, gate, scale, starts, mean, rstd, rms)
     groups = _Groups(total, scale)
     gain = 1 + groups.modulation(scale)
     dx, dshift, dscale = total.new_empty(groups.shape), groups.zeros(), groups.zeros()
@@ -104,6 +130,53 @@ def backward(dsum, dy, total, h, gate, scale, mean, rstd, rms):
         dh, dgate = dh.view(total.shape), groups.summed(dgate, gate)
     dshift, dscale = groups.summed(dshift, scale), groups.summed(dscale, scale)
     return dx.view(total.shape), dh, dgate, dshift, dscale
+
+
+def _backward_unequal(dsum, dy, total, h, gate, scale, starts, mean, rstd, rms):
+    """`backward`, group by group."""
+    gated = gate is not None
+    dx, dh = total.new_empty(total.shape), h.new_empty(h.shape) if gated else None
+    dgate, dshift, dscale = (
+        t if t is None else _wide_zeros(t, total) for t in (gate, scale, scale)
+    )
+    inputs, rows = (dsum, dy, total, h, None if rms else mean, rstd), (gate, scale)
+    for *given, dx_, dh_, gate_, scale_, dgate_, dshift_, dscale_ in _unequal(
+        starts, (*inputs, dx, dh), (*rows, dgate, dshift, dscale)
+    ):
+        dsum_, dy_, total_, h_, mean_, rstd_ = given
+        gate_ = gate_ if gate_ is None else gate_.to(dshift.dtype)
+        found = backward(
+            dsum_, dy_, total_, h_, gate_, scale_.to(dshift.dtype), None,
+            mean if mean_ is None else mean_, rstd_, rms,
+        )  # fmt: skip
+        dx_.copy_(found[0])
+        dshift_ += found[3]
+        dscale_ += found[4]
+        if gated:
+            dh_.copy_(found[1])
+            dgate_ += found[2]
+    if not gated:
+        dh, dgate = total.new_empty(0), total.new_empty(0)
+    else:
+        dgate = dgate.to(gate.dtype)
+    return dx, dh, dgate, dshift.to(scale.dtype), dscale.to(scale.dtype)
+
+
+def _unequal(starts: Tensor, tokens, rows):
+    """Of every group that has tokens, views: (1, tokens, ...) and a row (1, D); None stays None."""
+    for b in range(next(len(t) for t in tokens if t is not None)):
+        ends = starts[b % len(starts)].tolist()
+        for g, (first, last) in enumerate(pairwise(ends)):
+            if first < last:
+                yield (
+                    *(t if t is None else t[b : b + 1, first:last] for t in tokens),
+                    *(t if t is None else t[b % len(t), g].unsqueeze(0) for t in rows),
+                )
+
+
+def _wide_zeros(rows: Tensor, x: Tensor) -> Tensor:
+    """Sums of the shape of `rows`: float32, or float64 for float64."""
+    return rows.new_zeros(rows.shape, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def _through_norm(dy, x, gain, mean, rstd):

@@ -1,8 +1,9 @@
 """What the room's kernels have in common: groups of tokens, their chunks, the sums over chunks.
 
-The tokens that share a row of modulation are a group: group `g` of sample `b` owns the tokens
-`g * rows ... (g + 1) * rows`. Backward a program sums over a chunk of one group, and the partial
-rows are added up here, in a fixed order.
+The tokens that share a row of modulation are a group. Group `g` of sample `b` owns the tokens
+`starts[b, g] ... starts[b, g + 1]`, or without `starts` the g-th of equal parts. A program owns a
+chunk of one group. Backward it sums over the chunk, and the partial rows are added up here, in a
+fixed order.
 """
 
 import triton
@@ -14,6 +15,39 @@ from .._shared.variants import Variant
 # Backward: enough programs to fill a large GPU, but no chunk so short that its partial sums
 # (two fp32 rows) weigh against the rows it reads.
 PROGRAMS, SHORTEST_CHUNK = 1024, 8
+
+
+@triton.jit
+def chunk_of(program, starts_ptr, starts_b, groups, N, chunks):
+    """Sample and group of a program, and the first and last of its tokens in the sample."""
+    b, g = program // chunks // groups, program // chunks % groups
+    if starts_ptr is None:
+        begin = g * (N // groups)
+        end = begin + N // groups
+    else:
+        begin = tl.load(starts_ptr + b * starts_b + g).to(tl.int64)
+        end = tl.load(starts_ptr + b * starts_b + g + 1).to(tl.int64)
+    size = tl.cdiv(end - begin, chunks)
+    first = begin + program % chunks * size
+    return b, g, first, tl.minimum(first + size, end)
+
+
+@triton.jit
+def store_modulated(
+    x, shift, scale, y_ptr, mean_ptr, rstd_ptr, at, live_n, live_d, eps,
+    D: tl.constexpr, RMS: tl.constexpr,
+):  # fmt: skip
+    """Normalise x [BLOCK_N, BLOCK_D], float32 and 0 past D, and store the rows `at`."""
+    if not RMS:
+        mean = tl.sum(x, axis=1) / D
+        tl.store(mean_ptr + at, mean, mask=live_n)
+        x = tl.where(live_d[None, :], x - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)
+    tl.store(rstd_ptr + at, rstd, mask=live_n)
+    y = x * rstd[:, None] * (1 + scale.to(tl.float32)) + shift.to(tl.float32)
+    to = at[:, None] * D + tl.arange(0, x.shape[1])[None, :]
+    mask = live_n[:, None] & live_d[None, :]
+    tl.store(y_ptr + to, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["terms", "chunks", "groups"])
@@ -40,11 +74,9 @@ def _sum_partials(
     tl.store(dscale_ptr + at, dscale.to(dscale_ptr.dtype.element_ty), mask=live_d)
 
 
-def chunks_of(groups: int, rows: int) -> tuple[int, int]:
-    """Tokens per chunk of a group, and chunks per group."""
-    wanted = min(triton.cdiv(PROGRAMS, groups), triton.cdiv(rows, SHORTEST_CHUNK))
-    chunk = triton.cdiv(rows, wanted)
-    return chunk, triton.cdiv(rows, chunk)
+def chunks_of(groups: int, rows: int) -> int:
+    """Chunks per group backward; `groups` of all samples, tokens per group."""
+    return min(triton.cdiv(PROGRAMS, groups), triton.cdiv(rows, SHORTEST_CHUNK))
 
 
 def sum_chunks(
@@ -60,9 +92,14 @@ def sum_chunks(
 
 
 def split(N: int, D: int, modulation: Tensor) -> tuple[int, int, int]:
-    """Groups per sample, tokens per group, BLOCK_D."""
+    """Groups per sample, tokens per group (of unequal groups on average), BLOCK_D."""
     groups = modulation.shape[1] if modulation.dim() == 3 else 1
-    return groups, N // groups, block_d_of(D)
+    return groups, triton.cdiv(N, groups), block_d_of(D)
+
+
+def starts_of(starts: Tensor | None) -> tuple[Tensor | None, int]:
+    """What `chunk_of` is handed: starts (B|1, groups + 1) int32 and their step."""
+    return (None, 0) if starts is None else (starts.contiguous(), strides(starts)[0])
 
 
 def block_d_of(D: int) -> int:

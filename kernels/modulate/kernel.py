@@ -1,9 +1,8 @@
 """The Triton kernels of `norm_modulate` and their launchers.
 
-Rows are counted inside a modulation group: group `g` of sample `b` owns the tokens
-`g * rows ... (g + 1) * rows`. A program never leaves its group, so shift and scale are read once
-and their gradients are summed in registers; the few partial rows per group are added up by
-`_sum_partials`. No atomics, so two runs give the same bits.
+A program never leaves its group of tokens (`groups.py`), so shift and scale are read once and their
+gradients are summed in registers; the few partial rows per group are added up by `_sum_partials`.
+No atomics, so two runs give the same bits.
 """
 
 import torch
@@ -17,8 +16,11 @@ from . import residual
 from .groups import (
     SUM_PARTIALS,
     block_d_of,
+    chunk_of,
     chunks_of,
     split,
+    starts_of,
+    store_modulated,
     strides,
     sum_chunks,
 )
@@ -32,47 +34,55 @@ BACKWARD = {512: (2, 2), 1024: (2, 4), 2048: (2, 8), 4096: (1, 8), 8192: (1, 16)
 PER_TOKEN = {512: (1, 1), 1024: (1, 2), 2048: (1, 4), 4096: (1, 8), 8192: (1, 16)}
 
 
-@triton.jit(do_not_specialize=["groups", "rows"])
+@triton.jit(do_not_specialize=["starts_b", "groups", "N", "chunks"])
 def _forward(
-    x_ptr, shift_ptr, scale_ptr, y_ptr, mean_ptr, rstd_ptr,
-    groups, rows, x_b, x_n, shift_b, shift_g, scale_b, scale_g, eps,
+    x_ptr, shift_ptr, scale_ptr, starts_ptr, y_ptr, mean_ptr, rstd_ptr,
+    starts_b, groups, N, chunks, x_b, x_n, shift_b, shift_g, scale_b, scale_g, eps,
     D: tl.constexpr, RMS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(rows, BLOCK_N)
     program = tl.program_id(0).to(tl.int64)
-    b, g = program // blocks // groups, program // blocks % groups
-    row = program % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    n = g * rows + row  # [BLOCK_N]
+    b, g, first, last = chunk_of(program, starts_ptr, starts_b, groups, N, chunks)
     d = tl.arange(0, BLOCK_D)
-    live_n, live_d = row < rows, d < D
-    live = live_n[:, None] & live_d[None, :]
-
+    live_d = d < D
     shift = tl.load(shift_ptr + b * shift_b + g * shift_g + d, mask=live_d, other=0.0)
     scale = tl.load(scale_ptr + b * scale_b + g * scale_g + d, mask=live_d, other=0.0)
-    x = tl.load(x_ptr + b * x_b + n[:, None] * x_n + d[None, :], mask=live, other=0.0)
-    centred = x.to(tl.float32)  # [BLOCK_N, BLOCK_D]
-    at = b * groups * rows + n
-    if not RMS:
-        mean = tl.sum(centred, axis=1) / D
-        tl.store(mean_ptr + at, mean, mask=live_n)
-        centred = tl.where(live_d[None, :], centred - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / D + eps)
-    tl.store(rstd_ptr + at, rstd, mask=live_n)
-    y = centred * rstd[:, None] * (1 + scale.to(tl.float32)) + shift.to(tl.float32)
-    tl.store(y_ptr + at[:, None] * D + d[None, :], y.to(y_ptr.dtype.element_ty), mask=live)
+    if starts_ptr is None:
+        _forward_block(
+            x_ptr + b * x_b, shift, scale, y_ptr, mean_ptr, rstd_ptr,
+            first, last, b * N, x_n, eps, D, RMS, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    else:
+        for start in range(first, last, BLOCK_N):
+            _forward_block(
+                x_ptr + b * x_b, shift, scale, y_ptr, mean_ptr, rstd_ptr,
+                start, last, b * N, x_n, eps, D, RMS, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["groups", "rows", "chunk"])
-def _backward(
-    dy_ptr, x_ptr, scale_ptr, mean_ptr, rstd_ptr, dx_ptr, dshift_ptr, dscale_ptr,
-    groups, rows, chunk, dy_b, dy_n, x_b, x_n, scale_b, scale_g,
+@triton.jit
+def _forward_block(
+    x_ptr, shift, scale, y_ptr, mean_ptr, rstd_ptr, first, last, row, x_n, eps,
     D: tl.constexpr, RMS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    chunks = tl.cdiv(rows, chunk)
+    """Tokens from `first` on of a sample whose rows of results start at `row`."""
+    n = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_N)  # the interpreter counts in int32
+    d = tl.arange(0, BLOCK_D)
+    live_n, live_d = n < last, d < D
+    live = live_n[:, None] & live_d[None, :]
+    x = tl.load(x_ptr + n[:, None] * x_n + d[None, :], mask=live, other=0.0).to(tl.float32)
+    store_modulated(
+        x, shift, scale, y_ptr, mean_ptr, rstd_ptr, row + n, live_n, live_d, eps, D, RMS
+    )
+
+
+@triton.jit(do_not_specialize=["starts_b", "groups", "N", "chunks"])
+def _backward(
+    dy_ptr, x_ptr, scale_ptr, starts_ptr, mean_ptr, rstd_ptr, dx_ptr, dshift_ptr, dscale_ptr,
+    starts_b, groups, N, chunks, dy_b, dy_n, x_b, x_n, scale_b, scale_g,
+    D: tl.constexpr, RMS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
-    b, g = program // chunks // groups, program // chunks % groups
-    first = program % chunks * chunk
-    last = tl.minimum(first + chunk, rows)
+    b, g, first, last = chunk_of(program, starts_ptr, starts_b, groups, N, chunks)
     d = tl.arange(0, BLOCK_D)
     live_d = d < D
 
@@ -81,10 +91,9 @@ def _backward(
     dshift = tl.zeros([BLOCK_D], tl.float32)
     dscale = tl.zeros([BLOCK_D], tl.float32)
     for start in range(first, last, BLOCK_N):
-        row = start + tl.arange(0, BLOCK_N)
-        n = g * rows + row  # [BLOCK_N]
-        at = b * groups * rows + n
-        live_n = row < last
+        n = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_N)  # the interpreter counts in int32
+        at = b * N + n
+        live_n = n < last
         live = live_n[:, None] & live_d[None, :]
         dy = tl.load(dy_ptr + b * dy_b + n[:, None] * dy_n + d[None, :], mask=live, other=0.0)
         x = tl.load(x_ptr + b * x_b + n[:, None] * x_n + d[None, :], mask=live, other=0.0)
@@ -108,8 +117,9 @@ def _backward(
 
 
 def launch_forward(
-    x: Tensor, shift: Tensor, scale: Tensor, rms: bool, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, shift: Tensor, scale: Tensor, rms: bool, eps: float, dtype: torch.dtype,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y (B, N, D) in `dtype`, mean (B, N) (empty for RMSNorm) and rstd (B, N) in float32."""
     B, N, D = x.shape
     x, shift, scale = rows_together(x), rows_together(shift), rows_together(scale)
@@ -120,8 +130,10 @@ def launch_forward(
         return y, mean, rstd
     groups, rows, block_d = split(N, D, scale)
     block_n, warps = (FORWARD if rows > 1 else PER_TOKEN)[block_d]
-    _forward[(B * groups * triton.cdiv(rows, block_n),)](
-        x, shift, scale, y, mean, rstd, groups, rows,
+    chunks = triton.cdiv(rows, block_n)
+    starts, starts_b = starts_of(starts)
+    _forward[(B * groups * chunks,)](
+        x, shift, scale, starts, y, mean, rstd, starts_b, groups, N, chunks,
         *strides(x), *strides(shift), *strides(scale), eps,
         D=D, RMS=rms, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=warps,
     )  # fmt: skip
@@ -129,8 +141,9 @@ def launch_forward(
 
 
 def launch_backward(
-    dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, rms: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, rms: bool,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dx (B, N, D) in the dtype of x; dshift and dscale in the shape and dtype of scale."""
     B, N, D = x.shape
     dy, x, rows_of_scale = rows_together(dy), rows_together(x), rows_together(scale)
@@ -139,15 +152,17 @@ def launch_backward(
         return dx, scale.new_zeros(scale.shape), scale.new_zeros(scale.shape)
     groups, rows, block_d = split(N, D, scale)
     block_n, warps = (BACKWARD if rows > 1 else PER_TOKEN)[block_d]
-    chunk, chunks = chunks_of(B * groups, rows)
+    chunks = chunks_of(B * groups, rows)
     shared = scale.shape[0] < B  # one modulation for the whole batch
     dshift, dscale = scale.new_empty(scale.shape), scale.new_empty(scale.shape)
     shift_parts, scale_parts = dshift, dscale
     if chunks > 1 or shared:
         size = (B * groups * chunks, D)
         shift_parts, scale_parts = (x.new_empty(size, dtype=torch.float32) for _ in range(2))
+    starts, starts_b = starts_of(starts)
     _backward[(B * groups * chunks,)](
-        dy, x, rows_of_scale, mean, rstd, dx, shift_parts, scale_parts, groups, rows, chunk,
+        dy, x, rows_of_scale, starts, mean, rstd, dx, shift_parts, scale_parts,
+        starts_b, groups, N, chunks,
         *strides(dy), *strides(x), *strides(rows_of_scale),
         D=D, RMS=rms, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=warps,
     )  # fmt: skip
@@ -167,8 +182,8 @@ def _variant(name, kernel, table, D, x="bf16", rms=False):
     strides += [f"{name}_{axis}" for name in ("shift", "scale") for axis in "bg"]
     types = {name: f"*{dtype}:16" for name, dtype in pointers.items()}
     types |= dict.fromkeys(strides, "i32:16") | {"eps": "fp32"}
-    types |= dict.fromkeys(("groups", "rows", "chunk"), "i32")
-    constants = {"D": D, "RMS": rms, "BLOCK_N": block_n, "BLOCK_D": block_d}
+    types |= dict.fromkeys(("starts_b", "groups", "N", "chunks"), "i32")
+    constants = {"starts_ptr": None, "D": D, "RMS": rms, "BLOCK_N": block_n, "BLOCK_D": block_d}
     return Variant(name, kernel, types, constants, warps)
 
 

@@ -76,11 +76,18 @@ def _normalize(x: Tensor, rms: bool, eps: float) -> tuple[Tensor, Tensor]:
     return centred * rstd, rstd
 
 
-def per_token(modulation: Tensor, x: Tensor) -> Tensor:
-    """Repeat (B|1, D) or (B|1, groups, D) to one row per token, (B, N, D)."""
+def per_token(modulation: Tensor, x: Tensor, starts: Tensor | None = None) -> Tensor:
+    """Repeat (B|1, D) or (B|1, groups, D) to one row per token, (B, N, D).
+
+    Groups are equal parts of the tokens or, of unequal frames, group `g` owns those from
+    `starts[b, g]` to `starts[b, g + 1]`.
+    """
     groups = modulation if modulation.dim() == 3 else modulation.unsqueeze(1)
-    tokens = x.shape[1] // max(groups.shape[1], 1)
-    return groups.repeat_interleave(tokens, dim=1).expand(x.shape)
+    if starts is None:
+        tokens = x.shape[1] // max(groups.shape[1], 1)
+        return groups.repeat_interleave(tokens, dim=1).expand(x.shape)
+    group = (starts[:, 1:, None] <= torch.arange(x.shape[1], device=x.device)).sum(1)  # (B|1, N)
+    return groups.expand(len(x), -1, -1).gather(1, group[:, :, None].expand(x.shape))
 
 
 def per_group(rows: Tensor, modulation: Tensor) -> Tensor:

@@ -12,65 +12,88 @@ from torch import Tensor
 
 from .._shared.variants import Variant
 from .._shared.views import rows_together
-from .groups import block_d_of, chunks_of, split, strides, sum_chunks
+from .groups import (
+    block_d_of,
+    chunk_of,
+    chunks_of,
+    split,
+    starts_of,
+    store_modulated,
+    strides,
+    sum_chunks,
+)
 
 # (BLOCK_N, warps) by BLOCK_D: as in `kernel.py`, half the rows: there are twice the streams.
 FORWARD = {512: (2, 2), 1024: (2, 4), 2048: (2, 8), 4096: (1, 8), 8192: (1, 16)}
 BACKWARD = {512: (1, 2), 1024: (1, 4), 2048: (1, 8), 4096: (1, 16), 8192: (1, 32)}
 
 
-@triton.jit(do_not_specialize=["groups", "rows"])
+@triton.jit(do_not_specialize=["starts_b", "groups", "N", "chunks"])
 def _forward(
-    x_ptr, h_ptr, gate_ptr, shift_ptr, scale_ptr, total_ptr, y_ptr, mean_ptr, rstd_ptr,
-    groups, rows, x_b, x_n, h_b, h_n, gate_b, gate_g, shift_b, shift_g, scale_b, scale_g, eps,
+    x_ptr, h_ptr, gate_ptr, shift_ptr, scale_ptr, starts_ptr, total_ptr, y_ptr, mean_ptr, rstd_ptr,
+    starts_b, groups, N, chunks,
+    x_b, x_n, h_b, h_n, gate_b, gate_g, shift_b, shift_g, scale_b, scale_g, eps,
     D: tl.constexpr, RMS: tl.constexpr, GATED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(rows, BLOCK_N)
     program = tl.program_id(0).to(tl.int64)
-    b, g = program // blocks // groups, program // blocks % groups
-    row = program % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    n = g * rows + row  # [BLOCK_N]
+    b, g, first, last = chunk_of(program, starts_ptr, starts_b, groups, N, chunks)
     d = tl.arange(0, BLOCK_D)
-    live_n, live_d = row < rows, d < D
-    live = live_n[:, None] & live_d[None, :]
-
-    x = tl.load(x_ptr + b * x_b + n[:, None] * x_n + d[None, :], mask=live, other=0.0)
-    h = tl.load(h_ptr + b * h_b + n[:, None] * h_n + d[None, :], mask=live, other=0.0)
-    branch = h.to(tl.float32)  # [BLOCK_N, BLOCK_D]
-    if GATED:
-        gate = tl.load(gate_ptr + b * gate_b + g * gate_g + d, mask=live_d, other=0.0)
-        branch *= gate.to(tl.float32)
-    total = (x.to(tl.float32) + branch).to(total_ptr.dtype.element_ty)
-    at = b * groups * rows + n
-    tl.store(total_ptr + at[:, None] * D + d[None, :], total, mask=live)
-    centred = total.to(tl.float32)
-    if not RMS:
-        mean = tl.sum(centred, axis=1) / D
-        tl.store(mean_ptr + at, mean, mask=live_n)
-        centred = tl.where(live_d[None, :], centred - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / D + eps)
-    tl.store(rstd_ptr + at, rstd, mask=live_n)
+    live_d = d < D
     shift = tl.load(shift_ptr + b * shift_b + g * shift_g + d, mask=live_d, other=0.0)
     scale = tl.load(scale_ptr + b * scale_b + g * scale_g + d, mask=live_d, other=0.0)
-    y = centred * rstd[:, None] * (1 + scale.to(tl.float32)) + shift.to(tl.float32)
-    tl.store(y_ptr + at[:, None] * D + d[None, :], y.to(y_ptr.dtype.element_ty), mask=live)
+    if GATED:
+        gate = tl.load(gate_ptr + b * gate_b + g * gate_g + d, mask=live_d, other=0.0)
+    else:
+        gate = shift  # not read
+    if starts_ptr is None:
+        _forward_block(
+            x_ptr + b * x_b, h_ptr + b * h_b, gate, shift, scale, total_ptr, y_ptr, mean_ptr,
+            rstd_ptr, first, last, b * N, x_n, h_n, eps, D, RMS, GATED, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    else:
+        for start in range(first, last, BLOCK_N):
+            _forward_block(
+                x_ptr + b * x_b, h_ptr + b * h_b, gate, shift, scale, total_ptr, y_ptr, mean_ptr,
+                rstd_ptr, start, last, b * N, x_n, h_n, eps, D, RMS, GATED, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["groups", "rows", "chunk"])
+@triton.jit
+def _forward_block(
+    x_ptr, h_ptr, gate, shift, scale, total_ptr, y_ptr, mean_ptr, rstd_ptr,
+    first, last, row, x_n, h_n, eps, D: tl.constexpr, RMS: tl.constexpr, GATED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Tokens from `first` on of a sample whose rows of results start at `row`."""
+    n = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_N)  # the interpreter counts in int32
+    d = tl.arange(0, BLOCK_D)
+    live_n, live_d = n < last, d < D
+    live = live_n[:, None] & live_d[None, :]
+    x = tl.load(x_ptr + n[:, None] * x_n + d[None, :], mask=live, other=0.0)
+    h = tl.load(h_ptr + n[:, None] * h_n + d[None, :], mask=live, other=0.0)
+    branch = h.to(tl.float32)  # [BLOCK_N, BLOCK_D]
+    if GATED:
+        branch *= gate.to(tl.float32)
+    total = (x.to(tl.float32) + branch).to(total_ptr.dtype.element_ty)
+    tl.store(total_ptr + (row + n)[:, None] * D + d[None, :], total, mask=live)
+    store_modulated(
+        total.to(tl.float32), shift, scale, y_ptr, mean_ptr, rstd_ptr,
+        row + n, live_n, live_d, eps, D, RMS,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["starts_b", "groups", "N", "chunks"])
 def _backward(
-    dsum_ptr, dy_ptr, total_ptr, h_ptr, gate_ptr, scale_ptr, mean_ptr, rstd_ptr,
-    dx_ptr, dh_ptr, dgate_ptr, dshift_ptr, dscale_ptr, groups, rows, chunk,
+    dsum_ptr, dy_ptr, total_ptr, h_ptr, gate_ptr, scale_ptr, starts_ptr, mean_ptr, rstd_ptr,
+    dx_ptr, dh_ptr, dgate_ptr, dshift_ptr, dscale_ptr, starts_b, groups, N, chunks,
     dsum_b, dsum_n, dy_b, dy_n, total_b, total_n, h_b, h_n, gate_b, gate_g, scale_b, scale_g,
     D: tl.constexpr, RMS: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Without NORM the sum goes nowhere but out: `gated_residual`, and dx is `dsum`."""
-    chunks = tl.cdiv(rows, chunk)
     program = tl.program_id(0).to(tl.int64)
-    b, g = program // chunks // groups, program // chunks % groups
-    first = program % chunks * chunk
-    last = tl.minimum(first + chunk, rows)
+    b, g, first, last = chunk_of(program, starts_ptr, starts_b, groups, N, chunks)
     d = tl.arange(0, BLOCK_D)
     live_d = d < D
 
@@ -84,10 +107,9 @@ def _backward(
         gate = gate.to(tl.float32)
         dgate = tl.zeros([BLOCK_D], tl.float32)
     for start in range(first, last, BLOCK_N):
-        row = start + tl.arange(0, BLOCK_N)
-        n = g * rows + row  # [BLOCK_N]
-        at = b * groups * rows + n
-        live_n = row < last
+        n = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_N)  # the interpreter counts in int32
+        at = b * N + n
+        live_n = n < last
         live = live_n[:, None] & live_d[None, :]
         to = at[:, None] * D + d[None, :]  # [BLOCK_N, BLOCK_D]
         dsum = tl.load(
@@ -126,7 +148,7 @@ def _backward(
 
 def launch_forward(
     x: Tensor, h: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor,
-    rms: bool, eps: float, dtype: torch.dtype,
+    rms: bool, eps: float, dtype: torch.dtype, starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The sum in the dtype of x, y in `dtype`, mean (empty for RMSNorm) and rstd in float32."""
     B, N, D = x.shape
@@ -139,9 +161,11 @@ def launch_forward(
         return total, y, mean, rstd
     groups, rows, block_d = split(N, D, scale)
     block_n, warps = FORWARD[block_d]
-    _forward[(B * groups * triton.cdiv(rows, block_n),)](
-        x, h, gate, shift, scale, total, y, mean, rstd, groups, rows, *strides(x), *strides(h),
-        *strides(gate), *strides(shift), *strides(scale), eps,
+    chunks = triton.cdiv(rows, block_n)
+    starts, starts_b = starts_of(starts)
+    _forward[(B * groups * chunks,)](
+        x, h, gate, shift, scale, starts, total, y, mean, rstd, starts_b, groups, N, chunks,
+        *strides(x), *strides(h), *strides(gate), *strides(shift), *strides(scale), eps,
         D=D, RMS=rms, GATED=gated, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=warps,
     )  # fmt: skip
     return total, y, mean, rstd
@@ -149,29 +173,31 @@ def launch_forward(
 
 def launch_backward(
     dsum: Tensor, dy: Tensor, total: Tensor, h: Tensor | None, gate: Tensor | None, scale: Tensor,
-    mean: Tensor, rstd: Tensor, rms: bool,
+    mean: Tensor, rstd: Tensor, rms: bool, starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, dh, dgate, dshift, dscale; dh and dgate are empty without a gate."""
     make = torch.Tensor.new_empty if total.numel() else torch.Tensor.new_zeros
     dx, dshift, dscale = (make(t, t.shape) for t in (total, scale, scale))
     dh, dgate = (make(total, 0) if t is None else make(t, t.shape) for t in (h, gate))
     if total.numel():
-        _launch(
-            (dsum, dy, total, h, gate, scale), (mean, rstd), (dx, dh, dgate, dshift, dscale), rms
-        )
+        outputs = dx, dh, dgate, dshift, dscale
+        _launch((dsum, dy, total, h, gate, scale), starts, (mean, rstd), outputs, rms)
     return dx, dh, dgate, dshift, dscale
 
 
-def launch_residual_backward(dsum: Tensor, h: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+def launch_residual_backward(
+    dsum: Tensor, h: Tensor, gate: Tensor, starts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """dh, dgate of `gated_residual`."""
     if h.numel() == 0:
         return h.new_empty(h.shape), gate.new_zeros(gate.shape)
     dh, dgate = h.new_empty(h.shape), gate.new_empty(gate.shape)
-    _launch((dsum, None, None, h, gate, None), (None, None), (None, dh, dgate, None, None), False)
+    inputs, outputs = (dsum, None, None, h, gate, None), (None, dh, dgate, None, None)
+    _launch(inputs, starts, (None, None), outputs, False)
     return dh, dgate
 
 
-def _launch(inputs, stats, outputs, rms):
+def _launch(inputs, starts, stats, outputs, rms):
     """`_backward`, then the sums over chunks and over samples that share a modulation."""
     dsum, *others = inputs
     dsum = rows_together(dsum)
@@ -181,7 +207,8 @@ def _launch(inputs, stats, outputs, rms):
     B, N, D = dsum.shape
     groups, rows, block_d = split(N, D, inputs[4] if gated else inputs[5])
     block_n, warps = BACKWARD[block_d]
-    chunk, chunks = chunks_of(B * groups, rows)
+    chunks = chunks_of(B * groups, rows)
+    starts, starts_b = starts_of(starts)
     size = (B * groups * chunks, D)
 
     def parts_of(result):
@@ -191,9 +218,11 @@ def _launch(inputs, stats, outputs, rms):
 
     parts = [parts_of(result) for result in (dgate if gated else None, dshift, dscale)]
     steps = [(0, 0) if t is None else strides(t) for t in (dsum, dy, total, h, gate, scale)]
-    pointers = [*(dsum, dy, total, h, gate, scale), *stats, dx, dh, *parts]
+    pointers = [
+        dsum if t is None else t for t in (dy, total, h, gate, scale, *stats, dx, dh, *parts)
+    ]
     _backward[size[:1]](
-        *(dsum if pointer is None else pointer for pointer in pointers), groups, rows, chunk,
+        dsum, *pointers[:5], starts, *pointers[5:], starts_b, groups, N, chunks,
         *(step for pair in steps for step in pair),
         D=D, RMS=rms, NORM=norm, GATED=gated, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=warps,
     )  # fmt: skip
@@ -216,8 +245,8 @@ def _variant(name, kernel, table, D):
         partial = ("dgate_ptr", "dshift_ptr", "dscale_ptr")
         types |= dict.fromkeys(partial, "*fp32:16")
     types |= {name: "i32:16" for name in names if name[-2:] in ("_b", "_n", "_g")}
-    types |= dict.fromkeys(("groups", "rows", "chunk"), "i32")
-    constants = {"D": D, "RMS": False, "NORM": True, "GATED": True}
+    types |= dict.fromkeys(("starts_b", "groups", "N", "chunks"), "i32")
+    constants = {"starts_ptr": None, "D": D, "RMS": False, "NORM": True, "GATED": True}
     constants |= {"BLOCK_N": block_n, "BLOCK_D": block_d}
     return Variant(name, kernel, types, constants, warps)
 

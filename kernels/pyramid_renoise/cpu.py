@@ -41,14 +41,14 @@ def pyramid_halve(x, factor):
     """`factor` times the mean of every 2 x 2 block."""
     wide = torch.promote_types(x.dtype, torch.float32)
     rows = torch.add(x[..., 0::2, :].to(wide), x[..., 1::2, :])
-    return (rows[..., 0::2] + rows[..., 1::2]).mul_(factor / 4).to(x.dtype)
+    return (rows[..., 0::2] + rows[..., 1::2]).mul_(factor / 4).to(x.dtype).contiguous()
 
 
 def stage_endpoints(latents, lower, noise, start_sigma, end_sigma, ratio, endpoints):
     """Start and end (empty unless wanted), sample and target."""
     wide = torch.promote_types(latents.dtype, torch.float32)
     ratio = ratio.to(wide).view(-1, 1, 1, 1, 1)
-    eps = noise.to(wide)
+    eps = noise.to(wide).contiguous()
     end = torch.mul(eps, end_sigma).add_(latents, alpha=1 - end_sigma)
     start = torch.mul(eps, start_sigma)
     if lower is not None:

@@ -6,7 +6,8 @@ import time
 import pytest
 import torch
 
-from benchmarks.models import bench_vdt, duel
+from benchmarks import run_models
+from benchmarks.models import bench_vdt, command, duel
 
 SPECS = {name: {"device": "cpu"} for name in ("fastvid", "eager")}
 PACE = {"turns": 1, "rounds": 3, "seconds": 0.0, "need_mib": 1.0}
@@ -84,35 +85,59 @@ def test_a_contender_that_does_not_answer_is_ended(tmp_path, monkeypatch):
 
 
 def test_a_row_of_a_model_keeps_to_its_seconds(monkeypatch):
-    seen = []
-    monkeypatch.setattr(bench_vdt, "measure", lambda spec, **pace: seen.append(pace))
-    bench_vdt.within({}, 60.0)
-    bench_vdt.within({}, 0)
-    assert [pace["limit"] for pace in seen] == [60.0, float("inf")]
+    assert command.within(60.0)["limit"] == 60.0
+    assert command.within(0)["limit"] == float("inf")
     ends = []
-    monkeypatch.undo()
-    monkeypatch.setattr(bench_vdt.time, "monotonic", lambda: 100.0)
+    monkeypatch.setattr(command.time, "monotonic", lambda: 100.0)
 
     def stop(*_, end, **__):
         ends.append(end)
         raise RuntimeError("enough")
 
-    monkeypatch.setattr(bench_vdt, "duel", stop)
-    (spec, *_) = bench_vdt.specs(torch.device("cpu"), True)
-    with pytest.raises(RuntimeError, match="enough"):
-        bench_vdt.measure(spec, limit=7.0, turns=1, rounds=1, seconds=0)
-    assert ends == [107.0]
+    monkeypatch.setattr(command, "duel", stop)
+    for bench in map(run_models.bench, run_models.names()):
+        (spec, *_) = bench.specs(torch.device("cpu"), True)
+        with pytest.raises(RuntimeError, match="enough"):
+            bench.within(spec, 7.0)
+    assert ends == [107.0] * len(run_models.names())
 
 
-def test_models_keep_to_as_many_cores_as_threads(monkeypatch, capsys):
+@pytest.mark.parametrize("name", run_models.names())
+def test_models_keep_to_as_many_cores_as_threads(name, monkeypatch, capsys):
     seen = []
 
     def measure(spec, **_):
-        seen.append(len(bench_vdt.machine.environment(torch.device("cpu"))["cores"]))
+        seen.append(len(command.machine.environment(torch.device("cpu"))["cores"]))
         return {"match": True, "wall_ratio_p50": 1.0}
 
-    monkeypatch.setattr(bench_vdt, "measure", measure)
-    monkeypatch.setattr(bench_vdt, "line", str)
-    arguments = "--quick --size S --frames 2 --job forward --threads 1 --device cpu"
-    assert bench_vdt.main(arguments.split()) == 0
-    assert seen == [1]
+    bench = run_models.bench(name)
+    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(command, "line", str)
+    assert bench.main(["--quick", "--threads", "1", "--device", "cpu"]) == 0
+    assert set(seen) == {1}
+
+
+def test_rows_of_a_model_are_kept_under_its_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command.rows, "RESULTS", tmp_path)
+    monkeypatch.setattr(command.machine, "folder", lambda device: "here")
+    monkeypatch.setattr(command, "line", str)
+    ratios = {"match": True, "wall_ratio_p50": 1.0, "room": "vdt"}
+    monkeypatch.setattr(
+        bench_vdt, "measure", lambda spec, **_: {"case": bench_vdt.label(spec), **spec, **ratios}
+    )
+    arguments = [
+        "--quick",
+        "--size",
+        "S",
+        "--frames",
+        "2",
+        "--threads",
+        "1",
+        "--device",
+        "cpu",
+        "--save",
+    ]
+    for _ in range(2):
+        assert bench_vdt.main(arguments) == 0
+        found = command.harness.read_rows(tmp_path / "here" / "vdt.jsonl")
+        assert [row["job"] for row in found] == list(bench_vdt.JOBS)

@@ -28,13 +28,12 @@ def short(monkeypatch):
             ratios = dict.fromkeys([f"wall_ratio_p{p}" for p in (20, 50, 80)], 1.2)
             return {"case": "toy/forward", "match": True, **ratios}
 
-        line = staticmethod(str)
-
     def tests(log, seconds):
         seen.append("tests")
         return {"case": gpu.TESTS, "rival": "tests", "match": True}
 
     monkeypatch.setattr(gpu, "_tests", tests)
+    monkeypatch.setattr(gpu.command, "line", str)
     monkeypatch.setattr(gpu.run, "rooms", lambda: ["modulate"])
     monkeypatch.setattr(run_models, "names", lambda: ["toy"])
     monkeypatch.setattr(run_models, "bench", lambda name: Model)

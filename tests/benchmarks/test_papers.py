@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import papers, rows
+from benchmarks.models import bench_vdt
 from benchmarks.papers import memory, tables, work
 from benchmarks.rivals.vdt_eager import VDTEager
 from fastvid.models.vdt import VDT, VDTConfig
@@ -55,6 +56,46 @@ def test_the_pyramid_reaches_the_published_token_counts():
     assert work.history(height, width, 3, 2) == [240, 960, 3840, 3840]
 
 
+@pytest.mark.parametrize(
+    ("height", "frames", "tokens"),
+    [
+        (384, 16, (15360, 960, 1320, 2940)),
+        (768, 16, (61440, 3840, 5280, 11760)),
+        (768, 31, (119040, 7440, 8880, 15360)),
+    ],
+)
+def test_the_table_says_the_tokens_of_the_pyramid(height, frames, tokens):
+    assert work.pyramid_flow_tokens(height, height * 5 // 3, frames) == tokens
+    notes = [line.note for line in tables.pyramid_flow([]).lines]
+    says = "{:,} tokens in full; calls of the last unit {:,}, {:,}, {:,}".format(*tokens)
+    assert sum(says in note for note in notes) == 1
+    assert "paper: 119,040 and at most 15,360" in notes[-1]
+
+
+def test_bytes_by_hand():
+    """Weights once a call, the stream in and out of every block."""
+    config = VDTConfig(dim=32, depth=2, heads=2, frames=4, height=8, width=8)
+    stream = 2 * 2 * (3 * 4 * 16 * 32) * 4  # in and out of two blocks, batch 3, float32
+    assert work.vdt(config, 3).nbytes == memory.vdt_weights(config) + stream
+    one = work.mardini("S", 1, 8, temporal=True, asymmetric=False, steps=2)
+    planner = 2 * memory.PLANNERS["S"] + 2 * 8 * 4096 * 2
+    keys_and_values = 2 * 8 * 2 * 1024
+    generator = 2 * memory.GENERATOR + keys_and_values + 2 * 8 * 1024 * 2
+    assert one.nbytes == planner + 2 * generator
+    image = work.pyramid_flow("MMDiT", 64, 64, 1, steps=(1, 1))
+    streams = [2 * (128 + tokens) * 1536 * 2 * 2 * 24 for tokens in (1, 4, 16)]  # guided: twice
+    assert image.nbytes == 3 * 2 * memory.PYRAMID_FLOW["MMDiT"] + sum(streams)
+
+
+def test_every_line_with_work_has_its_bytes_and_memory():
+    for name in ("mardini", "pyramid_flow", "vdt"):
+        for line in tables.TABLES[name]([]).lines:
+            assert line.moved_gb > 0
+            assert line.estimate_gb > 0
+    sampled = memory.pyramid_flow("miniFLUX", 15360)
+    assert sampled == 2 * (1_972_059_200 + 2 * 15488 * 10 * 1920)
+
+
 def test_the_causal_pyramid_counts_fewer_pairs_and_the_same_tokens():
     causal = work.pyramid_flow("MMDiT", 384, 640, 16)
     dense = work.pyramid_flow("MMDiT", 384, 640, 16, causal=False)
@@ -75,7 +116,7 @@ def test_the_headline_row_is_forty_percent_of_an_a100():
     )
     assert (line.seconds, line.memory_gb) == (6.05, 42.57)
     assert line.of_peak == pytest.approx(763e12 / 6.05 / 312e12, rel=1e-3)
-    assert line.ours == (tables.NOT_BUILT,)
+    assert line.ours == (tables.NOT_MEASURED,)
 
 
 def test_seconds_per_generated_frame_become_seconds_per_video():
@@ -117,11 +158,59 @@ def test_our_column_comes_from_results():
     assert text.startswith(f"0.5 s, {share:.0f} % of its matmul, 1.1 GB (A CPU, 2 cores, 2 threads")
 
 
+def test_a_batch_is_told_and_counted_clip_by_clip():
+    (one,) = _ours(_row())
+    (text,) = _ours(_row(batch=4, p50_ms=2000.0, wall_ratio_p50=1.25))
+    assert text == one.replace(" matmul, ", " matmul, 1.25 x plain PyTorch, ").replace(
+        "float32)", "float32, batch 4)"
+    )
+
+
+@pytest.mark.parametrize(("batch", "room"), [(16, 80), (6, 48)])
+def test_the_batches_that_are_told_to_fit_are_measured_and_shown(batch, room):
+    on_gpu = bench_vdt.specs(torch.device("cuda"), False)
+    (spec,) = (spec for spec in on_gpu if spec["batch"] == batch)
+    row = _row(**spec) | {"p50_ms": 1600.0, "peak_mib": 40_000.0}
+    lines = {line.name: line for line in tables.vdt([row]).lines}
+    line = lines[f"L training 16 frames 128x128 batch {batch}"]
+    (text,) = line.ours
+    assert text.startswith(f"{1.6 / batch:.3g} s, ")
+    assert "41.9 GB" in text
+    assert 0 < line.estimate_gb < line.memory_gb == room
+    assert "VDT, report" in line.source
+
+
+def test_the_plain_sampling_loop_has_rows():
+    lines = {line.name: line for line in tables.vdt([]).lines}
+    sample, step = (
+        lines[f"L {what} 30 frames 256x256"] for what in ("sampling in 10 steps", "denoising step")
+    )
+    assert sample.tflop == pytest.approx(10 * step.tflop)
+    assert sample.estimate_gb == step.estimate_gb
+    row = _row(job="sample", steps=10)
+    found = {line.name: line.ours for line in tables.vdt([row]).lines if line.ours}
+    assert found.keys() == {"S sampling in 10 steps 8 frames 128x128"}
+    assert not any(line.ours for line in tables.vdt([row | {"steps": 5}]).lines)
+
+
+def test_every_case_of_the_model_has_a_name_of_its_own():
+    (spec, *_) = bench_vdt.specs(torch.device("cpu"), True)
+    changes = [{"job": "step"}, {"job": "sample"}, {"job": "sample", "steps": 5}, {"batch": 2}]
+    changes += [{"compile": True}, {"dtype": "bfloat16"}, {"frames": 8}, {"side": 64}]
+    labels = [bench_vdt.label(spec | change) for change in changes]
+    assert len(set(labels)) == len(labels)
+
+
 @pytest.mark.parametrize(
-    "changes", [{"match": False}, {"frames": 16}, {"side": 256}, {"batch": 2}, {"rival": "eager"}]
+    "changes",
+    [{"match": False}, {"frames": 16}, {"side": 256}, {"job": "step"}, {"rival": "eager"}],
 )
 def test_other_results_stay_out_of_the_row(changes):
     assert _ours(_row(**changes)) == ()
+
+
+def test_seconds_without_a_ceiling_of_the_same_run_stay_out():
+    assert _ours({k: v for k, v in _row().items() if not k.startswith("matmul")}) == ()
 
 
 def test_a_result_of_a_model_at_reduced_depth_says_so():

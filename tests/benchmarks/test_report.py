@@ -8,6 +8,7 @@ import subprocess
 import pytest
 
 from benchmarks import compare, rows
+from benchmarks.models import bench_vdt
 
 pytest.importorskip("matplotlib")
 from benchmarks import plots, report
@@ -96,6 +97,23 @@ def test_each_picture_is_drawn_where_there_is_something_to_show(found):
     assert not plots.scaling(of("vdt"), "side")
     assert plots.history(of("attention"))
     assert not plots.history(of("vdt"))
+
+
+def test_every_line_over_frames_says_all_that_tells_it_apart():
+    spec = {"job": "forward", "size": "S", "side": 128, "batch": 1, "dtype": "float32"}
+    spec |= {"steps": 10, "compile": False, "quick": False}
+    settings = [{}, {"compile": True}, {"batch": 4}, {"dtype": "bfloat16"}, {"job": "step"}]
+    settings += [{"job": "sample", "steps": 5}, {"job": "sample"}, {"quick": True}]
+    specs = [spec | setting | {"frames": n} for setting in settings for n in (8, 16)]
+    place = {"rival": "fastvid", "room": "vdt", "p50_ms": 1.0}
+    measured = [{**PLACE, "case": bench_vdt.label(each), **each, **place} for each in specs]
+    axes = plots.scaling(measured, "frames").axes[0]
+    labels = [line.get_label() for line in axes.lines]
+    assert len(set(labels)) == len(labels) == len(settings)
+    assert all(len(line.get_xdata()) == 2 for line in axes.lines)
+    assert "fastvid forward S/2 side=128 batch=4 float32" in labels
+    assert "fastvid forward S/2 side=128 batch=1 float32 compiled" in labels
+    assert axes.get_legend()
 
 
 def test_the_bars_are_the_ratios(found):

@@ -1,8 +1,11 @@
 """Result files that are renewed in place."""
 
+import re
+
 import pytest
 
 from benchmarks import harness, rows, run
+from benchmarks.machine import ROOT
 
 PLACE = {"machine": "A CPU", "threads": 1, "compiled": True}
 
@@ -52,3 +55,30 @@ def test_kernels_renew_the_results_of_this_machine(tmp_path, monkeypatch, capsys
 def test_tiny_sizes_are_not_kept():
     with pytest.raises(SystemExit):
         run.main(["--save", "--quick"])
+
+
+def explained(row):
+    """The columns of a row that the page names, and those that it does not."""
+    page = (ROOT / "benchmarks/README.md").read_text()
+    named = {
+        name
+        for line in page.splitlines()
+        for name in re.findall(r"`(\w+)`", line.split(" | ")[0])
+        if line[:1] == "|"
+    }
+    of_a_side = {"p20_ms", "p50_ms", "p80_ms", "first_call_s", "peak_mib", "baseline_mib"}
+    named |= {f"{side}_{name}" for side in rows.SIDES for name in of_a_side}
+    sizes = set(re.findall(r"(\w+)=", row["case"])) if "rival" in row else set()
+    return set(row) & named, set(row) - named - sizes
+
+
+def test_every_column_of_a_result_is_explained(tmp_path, capsys):
+    found = [row for path in rows.RESULTS.rglob("*.jsonl") for row in harness.read_rows(path)]
+    out = tmp_path / "rows.jsonl"
+    arguments = "--quick --device cpu --room modulate --name forward --dtype float32 --out"
+    assert run.main([*arguments.split(), str(out)]) == 0
+    found += harness.read_rows(out)
+    assert set().union(*(explained(row)[1] for row in found)) == set()
+    used = set().union(*(explained(row)[0] for row in found))
+    assert {"peak_ratio", "fastvid_baseline_mib", "of_copy", "install", "date"} <= used
+    assert explained({"case": "a", "invented": 1})[1] == {"invented"}

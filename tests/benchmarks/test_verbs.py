@@ -5,15 +5,19 @@ import json
 import os
 import subprocess
 import sys
+import types
+from typing import ClassVar
 
 import pytest
+import torch
 
 from benchmarks import __main__ as verbs
-from benchmarks import run_models
+from benchmarks import conftest, run, run_models, test_kernels
 from benchmarks.machine import ROOT
+from tests.benchmarks.cases import cases_on_a_gpu
 
 PYTEST = [sys.executable, "-m", "pytest", "-q", "benchmarks/", "--room", "modulate"]
-PYTEST += ["--case", "forward", "--dtype", "float32", "--benchmark-min-rounds=1"]
+PYTEST += ["--name", "forward", "--dtype", "float32", "--benchmark-min-rounds=1"]
 PYTEST += ["--benchmark-max-time=0.01", "--benchmark-warmup=off"]
 
 
@@ -27,6 +31,49 @@ def test_verbs_are_those_whose_module_is_here(capsys):
     printed = capsys.readouterr().out
     assert [verb for verb in here if f"  {verb}" not in printed] == []
     assert verbs.main(["sideways"]) == verbs.main([]) == 2
+
+
+def test_pytest_has_the_filters_of_the_command(monkeypatch):
+    """Room, name, sizes, dtype and rival, by the same words and with the same meaning."""
+    asked = {"room": ["modulate"], "name": "forward", "shape": ["N=64"], "dtype": ["float32"]}
+    asked |= {"rival": [], "full": False}
+    config = types.SimpleNamespace(getoption=lambda name: asked[name.removeprefix("--")])
+    found = []
+    metafunc = types.SimpleNamespace(
+        config=config, parametrize=lambda _, cases: found.extend(cases)
+    )
+    test_kernels.pytest_generate_tests(metafunc)
+    by_command = []
+    monkeypatch.setattr(
+        run.harness, "measure", lambda case, *_, **__: by_command.append(case.label) or []
+    )
+    monkeypatch.setattr(run.harness, "table", str)
+    arguments = ["--quick", "--device", "cpu"]
+    for name, value in asked.items():
+        if name not in ("rival", "full"):
+            arguments += [f"--{name}", *(value if isinstance(value, list) else [value])]
+    run.main(arguments)
+    assert {each.values[0].label for each in found} == set(by_command) != set()
+    assert {each.values[1] for each in found} == {"fastvid", "eager"}
+
+    class Group:
+        names: ClassVar[set[str]] = set()
+
+        def addoption(self, name, **_):
+            self.names.add(name.removeprefix("--"))
+
+    conftest.pytest_addoption(types.SimpleNamespace(getgroup=lambda name: Group()))
+    assert Group.names == asked.keys()
+
+
+@pytest.mark.parametrize("room", run.rooms())
+def test_every_case_has_a_label_of_its_own(room, monkeypatch):
+    cpu = torch.device("cpu")
+    for found in (run.cases(room, cpu, True), run.cases(room, cpu, False)):
+        labels = [case.label for case in found]
+        assert len(set(labels)) == len(labels)
+    labels = [case.label for case in cases_on_a_gpu(room, monkeypatch)]
+    assert len(set(labels)) == len(labels)
 
 
 def test_models_hand_their_arguments_on(monkeypatch):
@@ -49,9 +96,7 @@ def test_models_hand_their_arguments_on(monkeypatch):
 @pytest.mark.parametrize("name", run_models.names())
 def test_every_model_has_what_the_verbs_need(name):
     bench = run_models.bench(name)
-    assert all(
-        callable(getattr(bench, part)) for part in ("specs", "label", "within", "line", "main")
-    )
+    assert all(callable(getattr(bench, part)) for part in ("specs", "label", "within", "main"))
 
 
 def test_pytest_writes_and_compares_results(tmp_path):

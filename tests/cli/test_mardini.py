@@ -186,3 +186,22 @@ def test_scores_are_written(chain, clips, tmp_path):
     rows = json.loads(out.read_text())["rows"]
     assert {"sample", "one_step_mean", "linear_blend"} <= set(rows)
     assert all(torch.tensor(row["psnr"]).isfinite() for row in rows.values())
+
+
+def test_vidim_prints_the_model_above_the_published_rows(chain, tmp_path, monkeypatch, capsys):
+    from fastvid.data import vidim
+
+    monkeypatch.setitem(vidim.COUNTS, "davis", 2)
+    for number in range(2):
+        folder = tmp_path / "davis" / f"{number:04d}"
+        folder.mkdir(parents=True)
+        for index in range(9):
+            Image.new("RGB", (256, 256), (20 * index,) * 3).save(folder / f"frame_{index:03d}.png")
+    options = ["--davis", str(tmp_path / "davis"), "--steps", "1", "--device", "cpu"]
+    assert main(["evaluate", "vidim", str(chain / "04-joint"), *options]) == 0
+    printed = capsys.readouterr().out
+    assert printed.index("this model") < printed.index("MarDini-L/T-512 (published)")
+    result = json.loads((chain / "04-joint" / "vidim" / "vidim.json").read_text())["davis"]
+    assert result["clips"] == 2
+    # The middle of evenly rising levels is the mean of the ends.
+    assert result["rows"]["linear_blend"]["psnr"] > 50

@@ -243,20 +243,63 @@ def test_a_cache_changes_the_work_and_not_the_result(negative):
     assert work[0] > work[1] > work[2]
 
 
+class Watched(Model):
+    """Remembers the prefixes that it was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.prefixes = []
+
+    def run(self, latents, timestep, history, *rest):
+        self.prefixes.append(rest[-2])
+        return super().run(latents, timestep, history, *rest)
+
+
 def test_a_cache_keeps_its_budget_and_the_longest_prefixes():
-    held = []
-
-    class Watched(Model):
-        def run(self, latents, timestep, history, *rest):
-            held.append(rest[-2])
-            return super().run(latents, timestep, history, *rest)
-
-    sample(Watched(), shape=(3, 9, 16, 24), cache_gb=8e-6)
-    last = held[-sum(STEPS["steps"]) :]
+    model = Watched()
+    sample(model, shape=(3, 9, 16, 24), cache_gb=8e-6)
+    last = model.prefixes[-sum(STEPS["steps"]) :]
     stored = [prefix for prefix in last if prefix is not None]
     assert 0 < sum(prefix.nbytes for prefix in stored) <= 8000
     assert last[0] is not None  # of the lowest stage, which has the most frames
     assert last[-1] is None
+
+
+def test_a_cache_that_overflows_serves_the_same_steps_in_every_unit():
+    """Two of three prefixes of the last units fit: those are not dropped for one another."""
+    model = Watched()
+    sample(model, shape=(3, 9, 16, 24), steps=[3, 1, 1], cache_gb=14e-6)
+    frames = [[p and p.frames for p in model.prefixes[i : i + 3]] for i in range(5, 45, 5)]
+    assert frames[-2:] == [[6, 6, None], [7, 7, None]]
+
+
+class Counter(Model):
+    """Counts tokens: of 128 text embeddings, and of patches of 2 x 2."""
+
+    tokens = 0
+
+    def run(self, latents, timestep, history, text, text_lengths, pooled, prefix, keep):
+        patches = [clip.shape[-1] * clip.shape[-2] // 4 for clip in history for _ in clip[0, 0]]
+        known = 0 if prefix is None else prefix.frames
+        self.tokens += sum(patches[known:]) + latents[0, 0].numel() // 4
+        self.tokens += 128 if prefix is None else 0
+        return torch.zeros_like(latents), Prefix(torch.zeros(1), keep)
+
+
+@pytest.mark.parametrize(
+    ("size", "frames", "share"),
+    [((48, 80), 16, 0.686), ((96, 160), 16, 0.721), ((96, 160), 31, 0.540)],
+    ids=["384p 5 s", "768p 5 s", "768p 10 s"],
+)
+def test_a_cache_saves_what_can_be_saved(size, frames, share):
+    """The tokens that the text and the frames at lowest resolution leave."""
+    counts, prompt = [], Text(torch.zeros(1, 128, 1), torch.tensor([128]), torch.zeros(1, 1))
+    for gigabytes in (0, math.inf):
+        model = Counter()
+        steps = {"first_steps": 2, "steps": 1}  # 20 and 10, a tenth of the calls
+        sample(model, prompt, (1, frames, *size), cache_gb=gigabytes, **steps)
+        counts.append(model.tokens)
+    assert counts[1] / counts[0] == pytest.approx(share, abs=0.001)
 
 
 def test_progress_counts_the_calls():

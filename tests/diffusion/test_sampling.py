@@ -262,6 +262,23 @@ def test_all_randomness_comes_from_the_generator(rand, name):
     assert not torch.equal(first, run(6))
 
 
+@pytest.mark.parametrize("name", ["ddim", "eta", "ddpm"])
+def test_a_float64_state_is_stepped_in_float64(rand, name):
+    """By the chain's own coefficients, not those rounded to float32."""
+    noise, schedule = rand(*SHAPE, dtype=torch.float64).cpu(), respace(CHAIN, 6)
+    ours = SAMPLERS[name](rough, noise, generator=torch.Generator().manual_seed(0))
+    x, generator = noise, torch.Generator().manual_seed(0)
+    for index in reversed(range(6)):
+        output = rough(x, schedule.timestep_map[index])
+        drawn = draw_noise(SHAPE, generator, dtype=x.dtype) if index and name != "ddim" else None
+        if name == "ddpm":
+            x = ddpm_step(output, x, index, schedule, noise=drawn)
+        else:
+            eta = 0.0 if drawn is None else 0.7
+            x = ddim_step(output, x, index, schedule, noise=drawn, eta=eta)
+    torch.testing.assert_close(ours, x, rtol=1e-10, atol=1e-10)
+
+
 @samplers
 def test_half_precision_keeps_an_fp32_state(rand, sample):
     noise = rand(*SHAPE).bfloat16()

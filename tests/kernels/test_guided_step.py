@@ -63,6 +63,10 @@ def test_float64_is_computed_in_float64(cpu_path):
     found = guided_step(x, prediction, TABLES["ddim"], torch.tensor(2), clip=0.5)
     exact = exactly(x, prediction, TABLES["ddim"][2], [], 0.5)
     torch.testing.assert_close(found, exact, rtol=1e-13, atol=1e-13)
+    table = tables.ddim_table(CHAIN, prediction="v", dtype=torch.float64)
+    found = guided_step(x, prediction, table, torch.tensor(2), clip=0.5)
+    wanted = steps.ddim_step(prediction, x, len(CHAIN) - 3, CHAIN, prediction="v", clip=0.5)
+    torch.testing.assert_close(found, wanted, rtol=1e-13, atol=1e-13)
 
 
 def test_three_branches_take_the_scale_of_the_text_first(cpu_path):
@@ -236,7 +240,7 @@ def test_path_is_logged_once(cpu_path, caplog):
 
 
 @pytest.mark.parametrize("kind", ["nothing", "frames", "cells"])
-def test_opcheck(rand, device, kind):
+def test_opcheck(cpu_path, rand, device, kind):
     x, clean, noise, out = (rand(2, 3, 4, 2, 6) for _ in range(4))
     prediction, known = rand(4, 3, 4, 2, 6), draw_known(kind, 2, 4, 2, 6, device)
     clean = None if known is None else clean
@@ -260,7 +264,7 @@ def step_inputs(rand, device, B, T, H, row):
     return x, prediction, TABLES["ddpm"].to(device), at, known, clean, seed
 
 
-def test_compiles_once_for_all_sizes_and_steps(device, rand):
+def test_compiles_once_for_all_sizes_and_steps(cpu_path, device, rand):
     torch._dynamo.reset()
     step = torch.compile(sampling_step, backend="aot_eager", fullgraph=True, dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -276,7 +280,7 @@ def test_compiles_where_a_size_is_the_width_of_the_table(device, rand):
     torch.testing.assert_close(step(*inputs), sampling_step(*inputs))
 
 
-def test_exports_with_free_sizes(device, rand):
+def test_exports_with_free_sizes(cpu_path, device, rand):
     class Step(torch.nn.Module):
         def forward(self, x, prediction, table, at, known, clean, seed):
             return sampling_step(x, prediction, table, at, known, clean, seed)

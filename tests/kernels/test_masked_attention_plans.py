@@ -9,7 +9,7 @@ import torch
 
 from fastvid.functional import FrameLayout, Visibility, masked_attention
 from fastvid.kernels._shared import paths
-from fastvid.kernels.masked_attention import plan, vendor
+from fastvid.kernels.masked_attention import grouped, plan, vendor
 from tests.kernels.masked_attention_cases import (
     MASKS,
     check_budget,
@@ -56,11 +56,28 @@ def test_what_differs_is_planned_anew(planned):
     ):
         visibility = mask(layout)
         wanted = oracle(q, k, v, visibility, q, 0.25)[0]
-        torch.testing.assert_close(
-            masked_attention(q, k, v, visibility).double(), wanted, rtol=1e-5, atol=1e-5
-        )
+        out = masked_attention(q, k, v, visibility)
+        torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-5)
         assert len(planned) == number
     assert plan._plans.cache_info().currsize <= plan._plans.cache_info().maxsize
+
+
+def test_samples_that_see_the_same_share_their_calls(monkeypatch):
+    """Told by their own tables, or by layouts whose frames differ where nothing is hidden."""
+    calls, flash = [], grouped._flash
+    monkeypatch.setattr(grouped, "_flash", lambda *given: calls.append(1) or flash(*given))
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 3, 16, 1, 16)
+    known = [[True, False, True, False]] * 3
+    for visibility in (
+        Visibility.identity(FrameLayout([4] * 4), known),
+        Visibility.full(FrameLayout([[4, 12], [8, 8], [16, 0]])),
+    ):
+        calls.clear()
+        out = masked_attention(q, k, v, visibility)
+        wanted = oracle(q, k, v, visibility, q, 0.25)[0]
+        torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-5)
+        assert len(calls) == 1
 
 
 # ---- PyTorch's attention on a GPU, by group

@@ -55,8 +55,8 @@ def test_cpu_rounds_no_worse_than_eager(within_budget, cpu_path, B, N, D, granul
     shift, scale = torch.randn(2, *shape).to(dtype)
     check_budget(
         within_budget,
-        lambda *a: OP(*a, rms, 1e-6, dtype),
-        lambda *a: BACKWARD(*a, rms),
+        lambda *a: OP(*a, None, rms, 1e-6, dtype),
+        lambda dy, x, scale, *a: BACKWARD(dy, x, scale, None, *a, rms),
         x, shift, scale, dy, rms,
     )  # fmt: skip
 
@@ -147,9 +147,11 @@ def test_opcheck(rand, rms, dtype):
     for shape in ((2, 40), (1, 3, 40), (2, 6, 40)):
         shift, scale = rand(*shape, dtype=dtype), rand(*shape, dtype=dtype)
         inputs = [tensor.requires_grad_() for tensor in (x.clone(), shift, scale)]
-        torch.library.opcheck(OP, (*inputs, rms, 1e-6, dtype))
-        _, mean, rstd = OP(x, shift, scale, rms, 1e-6, dtype)
-        torch.library.opcheck(BACKWARD, (dy, x, scale.detach(), mean.detach(), rstd.detach(), rms))
+        torch.library.opcheck(OP, (*inputs, None, rms, 1e-6, dtype))
+        _, mean, rstd = OP(x, shift, scale, None, rms, 1e-6, dtype)
+        torch.library.opcheck(
+            BACKWARD, (dy, x, scale.detach(), None, mean.detach(), rstd.detach(), rms)
+        )
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -356,8 +358,8 @@ def test_gpu_bf16_at_real_sizes(within_budget, rand, B, N, D, granularity, rms):
     shift, scale = rand(*shape, dtype=torch.bfloat16), rand(*shape, dtype=torch.bfloat16)
     check_budget(
         within_budget,
-        lambda *a: OP(*a, rms, 1e-6, torch.bfloat16),
-        lambda *a: BACKWARD(*a, rms),
+        lambda *a: OP(*a, None, rms, 1e-6, torch.bfloat16),
+        lambda dy, x, scale, *a: BACKWARD(dy, x, scale, None, *a, rms),
         x, shift, scale, dy, rms,
     )  # fmt: skip
 
@@ -368,12 +370,12 @@ def test_gpu_more_than_2_to_the_31_numbers(rand):
     x = torch.empty(B, N, D, dtype=torch.bfloat16, device="cuda")
     x.normal_()
     scale = rand(B, D, dtype=torch.bfloat16)
-    y, mean, rstd = OP(x, scale, scale, False, 1e-6, x.dtype)
-    dx, _, _ = BACKWARD(x, x, scale, mean, rstd, False)
+    y, mean, rstd = OP(x, scale, scale, None, False, 1e-6, x.dtype)
+    dx, _, _ = BACKWARD(x, x, scale, None, mean, rstd, False)
     tail = x[1:, -16:].contiguous()
-    near, tail_mean, tail_rstd = OP(tail, scale[1:], scale[1:], False, 1e-6, x.dtype)
+    near, tail_mean, tail_rstd = OP(tail, scale[1:], scale[1:], None, False, 1e-6, x.dtype)
     assert torch.equal(y[1:, -16:], near)
-    near, _, _ = BACKWARD(tail, tail, scale[1:], tail_mean, tail_rstd, False)
+    near, _, _ = BACKWARD(tail, tail, scale[1:], None, tail_mean, tail_rstd, False)
     assert torch.equal(dx[1:, -16:], near)  # a row of dx depends on nothing but its own
 
 
@@ -383,8 +385,8 @@ def test_gpu_graph_capture(rand):
     dy = rand(2, 512, 384, dtype=torch.bfloat16)
 
     def step():
-        y, mean, rstd = OP(x, scale, scale, False, 1e-6, x.dtype)
-        return y, *BACKWARD(dy, x, scale, mean, rstd, False)
+        y, mean, rstd = OP(x, scale, scale, None, False, 1e-6, x.dtype)
+        return y, *BACKWARD(dy, x, scale, None, mean, rstd, False)
 
     step()  # compiles outside the capture
     graph = torch.cuda.CUDAGraph()

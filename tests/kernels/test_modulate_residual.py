@@ -118,10 +118,10 @@ def test_any_strides(cpu_path, layout):
     total, y = gated_residual_norm_modulate(x, h, *rows)
     packed = gated_residual_norm_modulate(x.contiguous(), h.contiguous(), *rows)
     torch.testing.assert_close((total, y), packed)
-    _, _, mean, rstd = BOTH(x, h, *rows, False, 1e-6, x.dtype)
-    found = BOTH_BACKWARD(*grads, total, h, rows[0], rows[2], mean, rstd, False)
+    _, _, mean, rstd = BOTH(x, h, *rows, None, False, 1e-6, x.dtype)
+    found = BOTH_BACKWARD(*grads, total, h, rows[0], rows[2], None, mean, rstd, False)
     dense = [tensor.contiguous() for tensor in (*grads, total, h)]
-    wanted = BOTH_BACKWARD(*dense, rows[0], rows[2], mean, rstd, False)
+    wanted = BOTH_BACKWARD(*dense, rows[0], rows[2], None, mean, rstd, False)
     torch.testing.assert_close(found, wanted)
 
 
@@ -144,13 +144,13 @@ def test_opcheck(cpu_path, granularity, gated):
     (x, h, gate, shift, scale), (dsum, dy) = drawn(2, 6, 40, granularity)
     gate = gate if gated else None
     leaves = [t if t is None else t.clone().requires_grad_() for t in (x, h, gate, shift, scale)]
-    torch.library.opcheck(BOTH, (*leaves, False, 1e-6, x.dtype))
-    total, _, *stats = BOTH(x, h, gate, shift, scale, False, 1e-6, x.dtype)
+    torch.library.opcheck(BOTH, (*leaves, None, False, 1e-6, x.dtype))
+    total, _, *stats = BOTH(x, h, gate, shift, scale, None, False, 1e-6, x.dtype)
     kept = h if gated else None
-    torch.library.opcheck(BOTH_BACKWARD, (dsum, dy, total, kept, gate, scale, *stats, False))
+    torch.library.opcheck(BOTH_BACKWARD, (dsum, dy, total, kept, gate, scale, None, *stats, False))
     if gated:
-        torch.library.opcheck(ADD, tuple(leaves[:3]))
-        torch.library.opcheck(ADD_BACKWARD, (dsum, h, gate))
+        torch.library.opcheck(ADD, (*leaves[:3], None))
+        torch.library.opcheck(ADD_BACKWARD, (dsum, h, gate, None))
 
 
 def test_compiles_once_for_all_sizes():

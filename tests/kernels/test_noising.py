@@ -243,7 +243,7 @@ LEVELS_1 = draw_1d(draw_levels(1))
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["nothing", "frames", "cells"])
-def test_opcheck(rand, device, kind, dtype):
+def test_opcheck(cpu_path, rand, device, kind, dtype):
     x0, noise = (rand(2, 3, 4, 2, 6, dtype=dtype).requires_grad_() for _ in range(2))
     levels, known = draw_levels(2, device=device), draw_known(kind, 2, 4, 2, 6, device)
     own = draw_levels(1, device=device) if kind == "frames" else (None, None)
@@ -273,7 +273,7 @@ def step_inputs(rand, device, B, T, H):
     )
 
 
-def test_compiles_once_for_all_sizes(device, rand):
+def test_compiles_once_for_all_sizes(cpu_path, device, rand):
     torch._dynamo.reset()
     step = torch.compile(training_step, backend="aot_eager", fullgraph=True, dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -296,7 +296,7 @@ def test_a_new_seed_does_not_compile_again(device, rand):
     assert len(losses) == 3
 
 
-def test_exports_with_free_sizes(device, rand):
+def test_exports_with_free_sizes(cpu_path, device, rand):
     class Step(torch.nn.Module):
         def forward(self, x0, alpha, sigma, seed, known, pred):
             return training_step(x0, alpha, sigma, seed, known, pred)
@@ -320,7 +320,7 @@ def test_meta_tensors_pass_through():
     assert x0.grad.shape == x0.shape
 
 
-def test_activation_checkpointing_draws_the_same_noise(rand):
+def test_activation_checkpointing_draws_the_same_noise(cpu_path, rand):
     x0, pred = rand(3, 2, 2, 4, 4).cpu(), rand(3, 2, 2, 4, 4).cpu()
 
     def step(p):

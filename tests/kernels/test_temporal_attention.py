@@ -82,15 +82,24 @@ def test_cpu_rounds_no_worse_than_eager(within_budget, cpu_path, shape, rule, dt
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rule", ["all", "everything"])
 @pytest.mark.parametrize("shape", [(2, 16, 5, 3, 72), (1, 33, 2, 1, 24)])
-def test_other_instruction_sets_round_no_worse(within_budget, vectors, shape, rule, dtype):
+def test_other_instruction_sets(within_budget, vectors, shape, rule, dtype):
+    """float32 to 1e-5: plain PyTorch has this machine's fused multiply-add, they may have none."""
+
+    def within(actual, eager, exact, name):
+        if dtype != torch.float32:
+            within_budget(actual, eager, exact, name)
+            return
+        assert (actual - exact).abs().max() <= 1e-5 * exact.abs().max(), name
+
     torch.manual_seed(0)
     q, k, v, dout = torch.randn(4, *shape).to(dtype)
     rule = RULES[rule](*shape[:2], shape[-1])
-    check_budget(within_budget, OP, BACKWARD, q, k, v, dout, **rule)
+    check_budget(within, OP, BACKWARD, q, k, v, dout, **rule)
 
 
-def test_other_instruction_sets_are_others(vectors):
-    """Without fused multiply-add, or with sums in other lanes, the last bits differ somewhere."""
+@pytest.mark.parametrize("vectors", [16], indirect=True)
+def test_another_instruction_set_is_another(vectors):
+    """Without fused multiply-add the last bits differ somewhere: the limit has been obeyed."""
     torch.manual_seed(0)
     q, k, v, dout = torch.randn(4, 2, 16, 9, 3, 72)
 
@@ -98,10 +107,11 @@ def test_other_instruction_sets_are_others(vectors):
         return OP(q, k, v, *arguments()), *BACKWARD(dout, q, k, v, *arguments())
 
     narrow = computed()
-    if torch.ops.fastvid_cpp.limit_vectors(64) > vectors:
-        wide = computed()
-        assert vectors == 32 or not all(map(torch.equal, narrow, wide))
-        torch.testing.assert_close(narrow, wide, rtol=1e-5, atol=1e-5)
+    if torch.ops.fastvid_cpp.limit_vectors(64) == vectors:
+        pytest.skip("this machine has no wider vectors")
+    wide = computed()
+    assert not all(map(torch.equal, narrow, wide))
+    torch.testing.assert_close(narrow, wide, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks.models import bench_vdt, duel
+from benchmarks.models import bench_vdt, command, duel
 
 CPU = torch.device("cpu")
 
@@ -24,25 +24,25 @@ def test_quick_run(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["result", "gradient of weight", "change of weight"])
 def test_every_tensor_is_compared(name):
     exact = {key: torch.ones(8) for key in ("result", "gradient of weight", "change of weight")}
-    none = bench_vdt.errors(exact, exact)
-    assert bench_vdt.agree(none, none)
+    none = command.errors(exact, exact)
+    assert command.agree(none, none)
     for value in (0.0, torch.nan):
-        wrong = bench_vdt.errors(exact | {name: torch.full((8,), value)}, exact)
-        assert not bench_vdt.agree(wrong, none)
+        wrong = command.errors(exact | {name: torch.full((8,), value)}, exact)
+        assert not command.agree(wrong, none)
     with pytest.raises(RuntimeError, match=name):
-        bench_vdt.errors({k: v for k, v in exact.items() if k != name}, exact)
+        command.errors({k: v for k, v in exact.items() if k != name}, exact)
 
 
 def test_twice_the_error_of_the_rival_is_allowed():
     theirs = {"result": 0.01, "gradient of weight": 0.02}
-    assert bench_vdt.agree({"result": 0.02, "gradient of weight": 0.04}, theirs)
-    assert not bench_vdt.agree({"result": 0.03, "gradient of weight": 0.01}, theirs)
+    assert command.agree({"result": 0.02, "gradient of weight": 0.04}, theirs)
+    assert not command.agree({"result": 0.03, "gradient of weight": 0.01}, theirs)
 
 
 def test_the_floor_and_the_match_decide(monkeypatch, capsys):
-    row = {"match": True, "wall_ratio_p50": 1.2}
+    row = {"match": True, "wall_ratio_p50": 1.2, "room": "vdt"}
     monkeypatch.setattr(bench_vdt, "measure", lambda *_, **__: row)
-    monkeypatch.setattr(bench_vdt, "line", str)
+    monkeypatch.setattr(command, "line", str)
     arguments = ["--size=S", "--frames=2", "--job=forward", "--threads=1", "--device=cpu"]
     assert bench_vdt.main(arguments) == 0
     assert bench_vdt.main([*arguments, "--floor", "1.2"]) == 0

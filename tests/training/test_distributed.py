@@ -14,6 +14,7 @@ from fastvid.training.config import write_config
 from fastvid.training.log import read_log
 from fastvid.training.loop import train
 from fastvid.training.runs import load_run
+from tests.training.mardini_stages import tiny_stage
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="torch was built without torch.distributed"
@@ -162,3 +163,24 @@ def test_two_processes_train_like_one_and_take_over_from_each_other(config, tmp_
 
     manifest = tmp_path / "stopped" / "checkpoints" / "step-00000003" / "manifest.json"
     assert json.loads(manifest.read_text())["world_size"] == 2
+
+
+@pytest.mark.slow
+def test_two_processes_train_every_stage_of_mardini_like_one(clips, tmp_path):
+    """A planner alone runs beside `forward`; validation and sheets sample a sharded model."""
+    often = {"validate_every": 2, "sample_every": 2, "steps": 2, "lr": 1e-3}
+    runs = {}
+    for world in ("alone", "pair"):
+        runs[world] = [
+            tiny_stage(clips, tmp_path / world / trains, trains, **often)
+            for trains in ("planner", "generator", "both")
+        ]
+    for config in runs["alone"]:
+        train(config)
+    run_two(tmp_path, *(("train", config) for config in runs["pair"]))
+    for one, two in zip(runs["alone"], runs["pair"], strict=True):
+        lines, others = read_log(Path(one.run.folder)), read_log(Path(two.run.folder))
+        for line, other in zip(lines, others, strict=True):
+            for name in {"loss", "psnr/arbitrary-interpolation"} & line.keys():
+                assert line[name] == pytest.approx(other[name], rel=1e-4), (one.stage, name)
+        assert list(Path(two.run.folder, "samples").iterdir())

@@ -7,18 +7,9 @@ import torch
 
 from fastvid.diffusion.mardini import slow_motion
 from fastvid.models.mardini import MarDini
-from fastvid.models.mardini_config import GeneratorConfig, MarDiniConfig, PlannerConfig
 from fastvid.training import loop, mardini
 from fastvid.training.build import build_schedule
 from fastvid.training.codec import PixelCodec, shrink
-from fastvid.training.config import (
-    DataConfig,
-    DiffusionConfig,
-    OptimConfig,
-    RunConfig,
-    StageConfig,
-    TrainMarDini,
-)
 from fastvid.training.draws import draw, generator
 from fastvid.training.evaluate import evaluate
 from fastvid.training.guard import NonFiniteError
@@ -26,50 +17,18 @@ from fastvid.training.log import read_log
 from fastvid.training.loop import train
 from fastvid.training.runs import export, load_run
 from fastvid.training.sample import laid_out, sample_task
+from tests.training.mardini_stages import DIFFUSION, MODEL, tiny_stage
 
 CODEC = PixelCodec(4)
-DIFFUSION = DiffusionConfig(
-    schedule="scaled_linear",
-    steps=20,
-    zero_snr=True,
-    prediction="v",
-    tasks={"arbitrary-interpolation": 1.0},
-    ref_ratio=(0.35, 1.0),
-    drop=0.1,
-)
-MODEL = MarDiniConfig(
-    channels=48,
-    frames=4,
-    planner=PlannerConfig(dim=32, depth=1, mlp=32, heads=2, side=2),
-    generator=GeneratorConfig(dim=32, depth=2, mlp=32, heads=2, attention="clip"),
-)
+STAGE = tiny_stage("clips", "run")
 
 
 @pytest.fixture
 def config(clips, tmp_path):
-    """`config("both", steps=4)`: a tiny stage; a value is of the first part that has its name."""
+    """`config("both", steps=4)`: a tiny stage."""
 
-    def make(trains="both", planner="", **changes):
-        parts = {
-            "run": RunConfig(
-                folder=str(tmp_path / "run"),
-                steps=3,
-                device="cpu",
-                log_every=1,
-                validate_every=0,
-                validation_clips=3,
-                sample_every=0,
-                save_every=0,
-            ),
-            "data": DataConfig(train=str(clips), frames=4, size=(16, 16), validation_share=0.3),
-            "diffusion": DIFFUSION,
-            "optim": OptimConfig(batch=4, lr=1e-2, ema=0.0),
-            "model": MODEL,
-        }
-        for name, value in changes.items():
-            part = next((key for key, part in parts.items() if hasattr(part, name)), name)
-            parts[part] = replace(parts[part], **{name: value}) if part != name else value
-        return TrainMarDini(stage=StageConfig(trains=trains, planner=planner), **parts)
+    def make(trains="both", *, folder=tmp_path / "run", **changes):
+        return tiny_stage(clips, folder, trains, **changes)
 
     return make
 
@@ -289,7 +248,7 @@ def test_nan_is_left_out_counted_and_then_ends_the_run(config, monkeypatch, tmp_
         ({"ref_ratio": (0.5, 0.2)}, "ref_ratio must rise"),
         ({"drop": 1.0}, r"drop must be in \[0, 1\)"),
         ({"frames": 1}, "data.frames must be at"),
-        ({"channels": 16}, "model.channels must be the codec's 48, got 16"),
+        ({"model": replace(MODEL, channels=16)}, r"model\.channels must be the codec's 48, got 16"),
         ({"size": (4, 4)}, "planner.side must be at most the 1 cells"),
     ],
 )
@@ -307,7 +266,7 @@ def test_nonsense_is_refused_by_name(config, changes, message):
 
 
 def made_by(model, video, task, **options):
-    sampler_of, spacing = mardini.sampler_of(model, CODEC, None)
+    sampler_of, spacing = mardini.sampler_of(model, CODEC, STAGE)
     settings = {"steps": 3, "spacing": spacing, "sampler_of": sampler_of, "seeds": [3, 4]}
     settings |= {"task": task}
     return sample_task(model, CODEC, build_schedule(DIFFUSION), video, **(settings | options))
@@ -388,7 +347,7 @@ def test_guidance_is_the_papers_from_one_frame_and_none_between_frames(awake, vi
     for given, scale in ((1, 2.5), (2, 1.0)):
         made = {}
         for guidance in (None, scale, 4.0):
-            sampler_of, _ = mardini.sampler_of(awake, CODEC, None, guidance=guidance)
+            sampler_of, _ = mardini.sampler_of(awake, CODEC, STAGE, guidance=guidance)
             made[guidance] = made_by(
                 awake, video, "predict", given=given, sampler_of=sampler_of
             ).video
@@ -421,6 +380,15 @@ def test_tasks_without_whole_frames_are_refused(awake, task):
         mardini.sampling(awake, task, 4, one_pass=False)
 
 
+def test_a_stage_samples_what_it_trained(awake, video, plans):
+    alone = tiny_stage("clips", "run", "generator")
+    sampler_of, _ = mardini.sampler_of(awake, CODEC, alone)
+    made_by(awake, video, "predict", given=1, sampler_of=sampler_of)
+    assert not plans
+    with pytest.raises(ValueError, match="makes no samples"):
+        mardini.sampler_of(awake, CODEC, tiny_stage("clips", "run", "planner"))
+
+
 def test_longer_clips_in_one_pass(awake, video, plans):
     model = mardini.sampling(awake, "predict", 8, one_pass=True)
     assert made_by(model, video, "predict", given=1, frames=8).video.shape[2] == 8
@@ -428,7 +396,7 @@ def test_longer_clips_in_one_pass(awake, video, plans):
 
 
 def test_scores_stand_beside_the_rivals(awake, video):
-    sampler_of, spacing = mardini.sampler_of(awake, CODEC, None)
+    sampler_of, spacing = mardini.sampler_of(awake, CODEC, STAGE)
     result = evaluate(
         awake,
         CODEC,
