@@ -155,6 +155,18 @@ def test_hidden_keys_may_be_anything(device, rand, way, E):
     torch.testing.assert_close(found, clean)
 
 
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("E", [64, 72])
+def test_padding_may_be_anything_in_the_backward(device, rand, E):
+    table = torch.ones(2, 2, dtype=torch.bool, device=device)
+    visibility = Visibility(table, FrameLayout([3, 9], device=device), key_lengths=[2, 9])
+    q, k, v, dout = (rand(1, 12, 1, E) for _ in range(4))
+    clean = launched(q, k, v, visibility, dout, 0.2)
+    k[:, 2], v[:, 2] = torch.nan, torch.inf
+    found = launched(q, k, v, visibility, dout, 0.2)
+    assert all(torch.equal(a, b) for a, b in zip(found, clean, strict=True))
+
+
 def test_descriptors_are_taken_where_they_were_measured_faster(monkeypatch):
     pytest.importorskip("triton")
     from fastvid.kernels.masked_attention import descriptors
