@@ -140,8 +140,9 @@ def temporal_attention(
     if back < 0 or forward < 0:
         raise ValueError(f"window must be (back, forward) frames, at least 0, got {window}")
     back, forward = (torch.sym_min(far, MOST_FRAMES) for far in (back, forward))
-    cos, sin = (None, None) if rotary is None else rotary
+    cos = sin = None
     if rotary is not None:
+        cos, sin = rotary
         _expect_table("cos", cos, q)
         _expect_table("sin", sin, q)
     scale = E**-0.5 if scale is None else float(scale)
