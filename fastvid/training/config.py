@@ -124,7 +124,8 @@ class DiffusionConfig:
     """Training mix: task name to weight. Each clip draws its own task. "predict" alone, with
     average "unknown", is the same as training on given frames put before the noisy ones."""
     given: dict[str, int] = field(default_factory=dict)
-    """Number of given (latent) frames by task name, where it is not the task's own."""
+    """Number of given frames by task name, where it is not the task's own; of latent frames where
+    the codec joins frames."""
     ref_ratio: tuple[float, float] = (0.0, 0.0)
     """Share of frames that "arbitrary-interpolation" gives, drawn evenly from this interval for
     each clip; at least one is given and one is not. (0, 0) gives each frame one time in five."""
@@ -247,7 +248,7 @@ class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self):
-        frames = latent_frames(self.data.frames, self.codec.time_factor, "data.frames")
+        frames = self.latent_frames
         if frames > self.model.frames:
             latent = " latent frames" if frames != self.data.frames else ""
             raise ValueError(
@@ -256,6 +257,11 @@ class TrainConfig:
             )
         if self.codec.kind == "pixel":
             self.check_latents(3 * self.codec.factor**2, self.codec.factor)
+
+    @property
+    def latent_frames(self) -> int:
+        """Of a clip; refused with a ValueError where the codec makes no whole number of them."""
+        return latent_frames(self.data.frames, self.codec.time_factor, "data.frames")
 
     def check_latents(self, channels: int, factor: int) -> None:
         """Refuse a model that does not fit latents of `channels`, at `factor` pixels per cell."""

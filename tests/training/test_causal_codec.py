@@ -19,6 +19,7 @@ from fastvid.training.draws import generator
 from fastvid.training.evaluate import evaluate, to_unit
 from fastvid.training.sample import sample_task
 from fastvid.training.timeline import known_in_video, latent_frames, video_frames
+from fastvid.training.vidim import score_vidim
 
 TINY = CausalVideoVAEConfig(
     channels=4,
@@ -240,6 +241,8 @@ def test_sampling_refuses_what_joined_frames_cannot_do(folder, video):
     for task in ("loop", "slow-motion"):
         with pytest.raises(ValueError, match=f"{task}.*codes each frame alone"):
             sample(codec, video, task)
+    with pytest.raises(ValueError, match=r"VIDIM-Bench needs a codec that codes each frame alone"):
+        score_vidim(Still(2), codec, squared_cosine(10), [])
 
 
 def test_scores_count_video_frames(folder, video):
@@ -322,7 +325,7 @@ class TestRuns:
         pytest.importorskip("jsonargparse")
         train(replace(run, run=replace(run.run, sample_every=2)))
         folder = run.run.folder
-        assert any("psnr/predict" in line for line in read_log(folder))
+        assert any("psnr/predict" in line for line in read_log(tmp_path / "run"))
         assert (tmp_path / "run" / "samples" / "step-00000002.png").is_file()
         clip = str(next((tmp_path / "long").glob("*.mp4")))
         words = [folder, "--task", "predict", "--given", "2", "--steps", "2"]
