@@ -169,8 +169,8 @@ class CausalVideoCodec:
             of weights.
         scale: the statistics that latents are normalised by: of images for a clip's first latent
             frame, of video for the later ones.
-        chunk: frames coded at a time, a multiple of 8; bounds memory whatever the clip's length,
-            changes no result beyond rounding.
+        chunk: frames coded at a time, a multiple of 8, or None for as many as memory has room for;
+            bounds memory whatever the clip's length, changes no result beyond rounding.
         tile: side of a tile in pixels, a multiple of 32; None takes whole frames. Tiles are blended
             where they overlap: close to the whole frame's result, not equal.
         posterior: "sample" draws from the posterior, "mode" takes its mean.
@@ -185,12 +185,12 @@ class CausalVideoCodec:
         path: str | Path,
         scale: LatentScale = MINIFLUX_SCALE,
         *,
-        chunk: int = 16,
+        chunk: int | None = 16,
         tile: int | None = None,
         posterior: str = "sample",
     ):
         _expect_posterior(posterior)
-        if chunk < FACTOR or chunk % FACTOR:
+        if chunk is not None and (chunk < FACTOR or chunk % FACTOR):
             raise ValueError(f"chunk must be a positive multiple of {FACTOR} frames, got {chunk}")
         if tile is not None and (tile < 32 or tile % 32):
             raise ValueError(f"tile must be a multiple of 32 pixels, got {tile}")
@@ -229,7 +229,7 @@ class CausalVideoCodec:
         """(B, C, 1 + n, h, w) -> (B, 3, 1 + 8n, 8h, 8w), not clamped."""
         _expect_latents(latents, self.channels)
         found = denormalize_latents(latents, self.scale)
-        video = self.vae.decode(found, frames=self.chunk // FACTOR, tile=self.tile)
+        video = self.vae.decode(found, frames=self.chunk and self.chunk // FACTOR, tile=self.tile)
         return video.to(latents.dtype)
 
 
@@ -241,7 +241,7 @@ def build_codec(config: CodecConfig) -> Codec:
         return CausalVideoCodec(
             config.path,
             STATISTICS[config.statistics],
-            chunk=config.chunk,
+            chunk=config.chunk or None,
             tile=config.tile or None,
             posterior=config.posterior,
         )

@@ -78,7 +78,8 @@ class CodecConfig:
     shift: float = 0.0
     """diffusers: see scale."""
     chunk: int = 16
-    """diffusers, causal-video: frames per call of the autoencoder."""
+    """diffusers, causal-video: frames per call of the autoencoder; for causal-video a multiple of 8,
+    or 0: as many as memory has room for."""
     posterior: Literal["sample", "mode"] = "sample"
     """diffusers, causal-video: draw latents from the posterior or take its mean."""
     statistics: Literal["miniflux", "sd3", "none"] = "miniflux"
@@ -88,11 +89,12 @@ class CodecConfig:
 
     def __post_init__(self):
         _expect_types(self, "codec")
-        _positive(self, "codec", "factor", "chunk")
+        _positive(self, "codec", "factor")
         if self.kind != "pixel" and not self.path:
             raise ValueError(f"codec.path must name a local folder for {self.kind}")
-        if self.tile < 0:
-            raise ValueError(f"codec.tile must not be negative, got {self.tile}")
+        for name in ("chunk", "tile"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"codec.{name} must not be negative, got {getattr(self, name)}")
 
     @property
     def time_factor(self) -> int:
@@ -319,7 +321,7 @@ class TrainMarDini(TrainConfig):
             )
         if self.codec.time_factor > 1:
             raise ValueError(
-                f"codec.kind must be pixel or diffusers for mardini, which plans frame by frame, "
+                "codec.kind must be pixel or diffusers for mardini, which plans frame by frame, "
                 f"got {self.codec.kind!r}"
             )
         if self.data.frames < 2:

@@ -84,6 +84,16 @@ def test_chunks_reach_the_autoencoder_and_change_nothing(folder, rand, monkeypat
     assert seen == ([9, 8, 8, 8, 8] if call == "encode" else [2, 1, 1, 1, 1])
 
 
+def test_memory_decides_the_chunk_where_none_is_named(folder, video, monkeypatch):
+    calls = []
+    monkeypatch.setattr(CausalVideoVAE, "window", lambda self, *args: calls.append(args[0]) or 1)
+    codec = build_codec(replace(PLAIN, path=str(folder), chunk=0))
+    latents = codec.encode(video)
+    codec.decode(latents)
+    assert calls == [video.shape, (2, 3, 17, 16, 24)]
+    torch.testing.assert_close(latents, build_codec(replace(PLAIN, path=str(folder))).encode(video))
+
+
 def test_tiles_reach_the_autoencoder(vae, folder, rand):
     video = rand(1, 3, 9, 64, 64).clamp(-1, 1)
     tiled, whole = (build_codec(replace(PLAIN, path=str(folder), tile=tile)) for tile in (32, 0))
@@ -172,8 +182,9 @@ def test_videos_and_settings_that_do_not_fit_are_refused(folder, video):
             CausalVideoCodec(folder, **values)
     with pytest.raises(ValueError, match=r"codec\.path must name a local folder for causal-video"):
         CodecConfig(kind="causal-video")
-    with pytest.raises(ValueError, match=r"codec\.tile must not be negative"):
-        CodecConfig(tile=-32)
+    for name in ("chunk", "tile"):
+        with pytest.raises(ValueError, match=rf"codec\.{name} must not be negative, got -32"):
+            CodecConfig(**{name: -32})
 
 
 def test_configs_count_latent_frames(config):
