@@ -78,8 +78,8 @@ class CodecConfig:
     shift: float = 0.0
     """diffusers: see scale."""
     chunk: int = 16
-    """diffusers, causal-video: frames per call of the autoencoder; for causal-video a multiple of 8,
-    or 0: as many as memory has room for."""
+    """diffusers, causal-video: frames per call of the autoencoder. causal-video takes a multiple
+    of 8, or 0 for as many as memory has room for."""
     posterior: Literal["sample", "mode"] = "sample"
     """diffusers, causal-video: draw latents from the posterior or take its mean."""
     statistics: Literal["miniflux", "sd3", "none"] = "miniflux"
