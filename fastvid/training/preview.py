@@ -16,7 +16,7 @@ from fastvid.training.log import writing
 from fastvid.training.sheets import Row, save_contact_sheet
 from fastvid.training.validate import fixed_clips
 
-_CLIPS, _STEPS = 4, 25  # clips on a sheet, DDIM steps
+_CLIPS, _STEPS = 4, 25  # clips on a sheet, steps of the sampler
 
 
 def save_preview(
@@ -45,6 +45,6 @@ def save_preview(
         draws.tasks, draws.known.cpu(), codec.decode(truth), codec.decode(made), strict=True
     ):
         rows += [Row("clip", filmed.cpu()), Row(task, drawn.cpu(), known)]
-    title = f"{path.stem}, {len(short)} DDIM steps"
+    title = f"{path.stem}, {len(short)} steps"
     with writing(path):
         save_contact_sheet(path, rows, title=title)
