@@ -15,7 +15,7 @@ def build_schedule(config: DiffusionConfig | PyramidConfig) -> schedules.Schedul
     Of a pyramid only its length is looked at: the levels are those of `training.pyramid.stages_of`.
     """
     if isinstance(config, PyramidConfig):
-        return schedules.linear(config.steps)
+        return schedules.squared_cosine(config.steps)
     makers: dict[str, Callable[[int], schedules.Schedule]] = {
         "linear": schedules.linear,
         "scaled_linear": schedules.scaled_linear,

@@ -342,6 +342,9 @@ class PyramidConfig:
 
     sample_ratios: tuple[int, ...] = (1, 2, 1)
     """Shares of a batch that train each stage, lowest resolution first; as many as stages."""
+    sync_group: int = 1
+    """How many frames of the clip a stage learns to predict in one step; the steps go through all.
+    Fewer make larger batches of a kind, and faster steps."""
     shift: float = 1.0
     """Of the noise levels, towards noise where it is above 1."""
     gamma: float = 1 / 3
@@ -355,7 +358,7 @@ class PyramidConfig:
 
     def __post_init__(self):
         _expect_types(self, "diffusion")
-        _positive(self, "diffusion", "shift", "steps")
+        _positive(self, "diffusion", "sync_group", "shift", "steps")
         if not self.sample_ratios or min(self.sample_ratios) < 1:
             raise ValueError(
                 f"diffusion.sample_ratios must give each stage a share, got {self.sample_ratios}"
@@ -394,11 +397,11 @@ class TrainPyramid(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        columns = sum(self.diffusion.sample_ratios)
-        if self.optim.batch % columns:
+        columns, group = sum(self.diffusion.sample_ratios), self.diffusion.sync_group
+        if self.optim.batch % (columns * group):
             raise ValueError(
                 f"optim.batch must be a multiple of the {columns} columns of "
-                f"diffusion.sample_ratios = {self.diffusion.sample_ratios}, got {self.optim.batch}"
+                f"diffusion.sample_ratios x sync_group = {group}, got {self.optim.batch}"
             )
         if self.diffusion.context >= self.data.frames:
             raise ValueError(

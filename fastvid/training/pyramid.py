@@ -72,8 +72,8 @@ def stages_of(config: PyramidConfig) -> PyramidSchedule:
 def lesson(number: int, batch: int, frames: int, config: PyramidConfig) -> tuple[int, int]:
     """The stage a clip trains, and how many of its frames: the last is predicted from the others.
 
-    The official groups of ranks are here the clips of a batch that share a column. A column is a
-    run of clips in the batch, which ranks take in turn: each has as much of it as any other.
+    A column is a run of clips in the batch, which ranks take in turn: each has as much of it as any
+    other. The official groups of ranks are clips of a column here, each another clip.
 
     Args:
         number: of the clip in the run.
@@ -81,9 +81,9 @@ def lesson(number: int, batch: int, frames: int, config: PyramidConfig) -> tuple
         frames: of a clip.
     """
     stages = column_stages(config.sample_ratios)
-    batch = batch or len(stages)
+    batch, group = (batch, config.sync_group) if batch else (len(stages), 1)
     column, place = divmod(number % batch, batch // len(stages))
-    turn = number // batch * (batch // len(stages)) + place
+    turn = number // batch * group + place % group
     counts = unit_counts(0, turn, units=frames, sync_group=frames, stages=len(stages))
     highest = len(config.sample_ratios) - 1
     return stages[column], counts[-1 if stages[column] == highest else 0]

@@ -42,7 +42,7 @@ def pyramid_demo() -> TrainConfig:
         codec=CodecConfig(kind="pixel", factor=1),
         diffusion=PyramidConfig(context=3),
         optim=OptimConfig(
-            batch=16, lr=2e-3, warmup=100, betas=(0.9, 0.95), eps=1e-6, ema=0.998, skip_loss=2.0
+            batch=8, lr=2e-3, warmup=100, betas=(0.9, 0.95), eps=1e-6, ema=0.998, skip_loss=2.0
         ),
         run=RunConfig(
             folder="runs/pyramid-demo",
