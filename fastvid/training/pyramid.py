@@ -47,6 +47,7 @@ def build_model(config: TrainPyramid) -> PyramidFlux:
     if not config.run.init:
         return PyramidFlux(config.model)
     path = Path(config.run.init)
+    model: Any
     try:
         folder = model_folder(path)
     except ValueError:
@@ -153,7 +154,7 @@ def sample(
     schedule: Schedule,
     config: TrainPyramid,
 ) -> tuple[Tensor, Tensor]:
-    """One sample, by as many of Euler's steps in each stage as `schedule` has."""
+    """One sample; the stages share the steps of `schedule`."""
     seeds = [generator(config.run.seed, "jumps", number) for number in draws.numbers]
     make = _sampler(model, stages_of(config.diffusion))
     known = draws.known.flatten(2).all(2)
@@ -182,7 +183,8 @@ def sampler_of(
 
 
 def _sampler(model: Any, stages: PyramidSchedule) -> Sampler:
-    """Frames one after another, from the known first ones; of the chain only its length counts."""
+    """Frames one after another, from the known first ones. Of the chain only its length counts,
+    which the stages share: Euler's steps of each are alike."""
 
     def make(
         noise: Tensor,
@@ -206,6 +208,7 @@ def _sampler(model: Any, stages: PyramidSchedule) -> Sampler:
                 f"{known.int().tolist()}"
             )
         steps, seeds = len(schedule), [g.initial_seed() for g in generator]
+        per_stage = -(-steps // len(stages))
 
         def tick(done: int, calls: int) -> None:
             """The chain's steps, of which each is several calls of the model."""
@@ -217,8 +220,8 @@ def _sampler(model: Any, stages: PyramidSchedule) -> Sampler:
             Text(*_no_text(model, len(noise), clean)),
             tuple(noise.shape[1:]),  # type: ignore[arg-type]
             stages,
-            first_steps=steps,
-            steps=steps,
+            first_steps=per_stage,
+            steps=per_stage,
             given=clean[:, :, :count] if count else None,
             seed=torch.tensor(seeds, device=noise.device),
             noise=noise,
