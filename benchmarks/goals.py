@@ -76,9 +76,6 @@ GOALS = [
     Goal("noising/given B=64 *", "of_copy", 0.87, 0.92),
     Goal("noising/drawn B=64 *", "of_copy", 0.75, 0.85),  # bound by the draw, 6 bytes a normal
     Goal("noising/mse* B=64 *", "of_copy", 0.87, 0.92),
-    Goal("pyramid_renoise/* B=1 C=16 T=1 H=48 W=80 float32", "us", 5.0, 4.0, at_most=True),
-    Goal("pyramid_renoise/given B=32 *", "of_copy", 0.87, 0.92),
-    Goal("pyramid_renoise/drawn B=32 *", "of_copy", 0.65, 0.73),  # bound by the draw
     Goal("vdt/step L/2 * bfloat16 compiled", "wall_ratio_p50", 1.3, 1.5),
     Goal("vdt/step L/2 * bfloat16 compiled", "peak_ratio", 0.7, 0.6, at_most=True),
     Goal("vdt/sample L/2 * bfloat16 compiled", "wall_ratio_p50", 1.3, 1.5),
@@ -90,7 +87,7 @@ GOALS = [
     Goal("mardini/sample L/T asymmetric frames=13 side=512 *", "of_matmul", 0.60, 0.70),
     Goal(
         "mardini/sample L/T asymmetric frames=13 side=512 *",
-        "fastvid_peak_mib",
+        "peak_mib",
         11_444,  # 12 GB
         9_500,
         at_most=True,
@@ -144,10 +141,6 @@ def _value(goal: Goal, line_up: dict[str, Any], rows: list[dict[str, Any]]) -> f
         there = [r for r in rows if fnmatch.fnmatch(r["case"], what.removeprefix("of "))]
         rates = [r["tflop_per_s"] for r in there if r.get("rival") == "fastvid" and r.get("match")]
         return ours["tflop_per_s"] / rates[0] if rates else None
-    if goal.column == "of_matmul" and "fastvid_p50_ms" in ours:  # a model's row has no rates
-        seconds = ours["fastvid_p50_ms"] / 1e3
-        ceiling = ours.get("matmul_bf16_tflop_per_s")
-        return ours["flops"] / 1e12 / seconds / ceiling if ceiling else None
     return ours.get(goal.column)
 
 

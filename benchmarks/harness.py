@@ -6,6 +6,7 @@ replay (device time), and the wall time of eager calls stands beside it. `README
 column of a row.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from benchmarks.machine import cache_bytes, environment, gpu_state
 from benchmarks.timing import Clock, Thunk, interleave, quantile, quantiles, replay, wait, wall
+from fastvid.kernels._shared import native
 
 Row = dict[str, Any]
 
@@ -74,6 +76,31 @@ def backward_of(function: Callable[..., Any], results: int = 1) -> Callable[...,
         return lambda: torch.autograd.grad(found, leaves, grads, retain_graph=True)
 
     return bind
+
+
+def without_cpp(bind: Callable[..., Thunk]) -> Callable[..., Thunk]:
+    """Time the same on a machine that had no compiler."""
+
+    def bound(*inputs):
+        with _no_cpp():
+            thunk = bind(*inputs)
+
+        def slower():
+            with _no_cpp():
+                return thunk()
+
+        return slower
+
+    return bound
+
+
+@contextlib.contextmanager
+def _no_cpp():
+    loaded, native.loaded = native.loaded, lambda: False
+    try:
+        yield
+    finally:
+        native.loaded = loaded
 
 
 def measure(

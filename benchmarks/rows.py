@@ -77,5 +77,9 @@ def _one_per_rival(row: Row) -> Iterator[Row]:
             for name, value in row.items()
             if name.startswith(f"{side}_")
         }
+        kind = "fp32" if row.get("dtype") == "float32" else "bf16"
+        ceiling = row.get(f"matmul_{kind}_tflop_per_s")
+        if ceiling and "flops" in row and "p50_ms" in own:
+            own["of_matmul"] = row["flops"] / own["p50_ms"] / 1e9 / ceiling
         ratios = {f"ratio_p{q}": row[f"wall_ratio_p{q}"] for q in (20, 50, 80)}
         yield {**common, "rival": side, **own, **(ratios if side == "eager" else {})}

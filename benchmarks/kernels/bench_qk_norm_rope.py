@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Case, backward_of, forward_of
+from benchmarks.harness import Case, backward_of, forward_of, without_cpp
 from benchmarks.rivals import packages
 from fastvid.functional import Rotary, qk_norm_rope, rotary_table
+from fastvid.kernels._shared import native
 from fastvid.kernels.qk_norm_rope import reference
 
 # Norm, across heads, grid (T, H, W), heads, E, channels of each axis: Pyramid Flow's miniFLUX,
@@ -107,13 +108,16 @@ def _case(name, forward, norm, across, grid, heads, E, dims, dtype, device, quic
     if not quick:
         rivals["compile"] = torch.compile(eager, dynamic=False)
     bind = forward_of if forward else functools.partial(backward_of, results=2)
+    rivals = {rival: bind(function) for rival, function in rivals.items()}
+    if device.type == "cpu" and native.loaded():
+        rivals["no C++"] = without_cpp(rivals["fastvid"])
     return Case(
         room="qk_norm_rope",
         name=name,
         shape={"N": N, "heads": heads, "E": E},
         dtype=dtype,
         make_inputs=make_inputs,
-        rivals={rival: bind(function) for rival, function in rivals.items()},
+        rivals=rivals,
         oracle=bind(oracle),
         nbytes=(4 if forward else 6) * N * heads * E * dtype.itemsize,
         missing=missing,

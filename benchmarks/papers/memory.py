@@ -8,6 +8,8 @@ import torch
 from fastvid.models.mardini import MarDini, MarDiniConfig
 from fastvid.models.vdt import VDTConfig
 
+PLANNERS = {"S": 1_342_000_000, "L": 3_221_000_000}  # parameters; the paper's text leaves 3 % open
+GENERATOR = 289_000_000
 PYRAMID_FLOW = {"miniFLUX": 1_972_059_200, "MMDiT": 2_028_334_144}  # parameters
 PYRAMID_WIDTHS, PYRAMID_TEXT = {"miniFLUX": 1920, "MMDiT": 1536}, 128
 

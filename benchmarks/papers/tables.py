@@ -14,10 +14,9 @@ Results = list[dict[str, Any]]  # the latest rows, as `benchmarks/rows.py` reads
 Cell = dict[str, Any]
 PUBLISHED: dict[str, Any] = json.loads((Path(__file__).parent / "published.json").read_text())
 A100 = PUBLISHED["devices"]["A100"]
-NOT_BUILT = "model not built yet"
+NOT_MEASURED = "python -m benchmarks models mardini --paper, on a GPU"
 HEAD = ("", "paper s", "GB", "% peak", "tokens", "TFLOP", "GB moved", "est. GB", "ours")
 DDIM_STEPS = 10  # of the sampling rows
-NOT_MEASURED = "python -m benchmarks models mardini --paper, on a GPU"
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ def pyramid_flow(results: Results) -> Table:
         done = work.pyramid_flow(cell["model"], *video)
         full, *calls = work.pyramid_flow_tokens(*video)
         estimate = memory.pyramid_flow(cell["model"], calls[-1])
-        line = _line(cell, done, estimate, results, NOT_BUILT)
+        line = _line(cell, done, estimate, results, "")
         says = f"{full:,} tokens in full; calls of the last unit {calls[0]:,}, {calls[1]:,}"
         says += f", {calls[2]:,}"
         if "full_tokens" in cell:
@@ -205,9 +204,9 @@ def _ours(cell: Cell, done: Work | None, results: Results) -> Iterator[str]:
             parts.append(f"{row['wall_ratio_p50']:.2f} x plain PyTorch")
         if "peak_mib" in row:
             parts.append(f"{row['peak_mib'] * 2**20 / 1e9:.1f} GB")
-        on_cpu = row["device"] == "cpu"
-        threads = f", {row['threads']} thread{'s' * (row['threads'] != 1)}" * on_cpu
-        where = row["machine"] + threads
+        where = row["machine"]
+        if row["device"] == "cpu":
+            where += f", {row['threads']} thread{'s' * (row['threads'] != 1)}"
         marks = [row["dtype"]] + ["compiled"] * bool(row.get("compile"))
         marks += [f"batch {row['batch']}"] * (row.get("batch", 1) > 1)
         marks += ["reduced depth"] * bool(row.get("quick"))

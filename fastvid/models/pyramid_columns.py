@@ -68,6 +68,8 @@ def check(column: Column, config: Any, name: str = "") -> None:
     latents = column.latents
     _expect(f"{name}latents", latents, ("B", channels, "T", "H", "W"))
     B = len(latents)
+    if not B:
+        raise ValueError(f"{name}latents must hold at least one sample, got none")
     for index, clip in enumerate(column.history):
         _expect(f"{name}history[{index}]", clip, (B, channels, "t", "h", "w"))
     for where, clip in _named_clips(column, name):
@@ -175,7 +177,7 @@ def new_prefix(
     return Prefix(tuple(layers), lengths, (text, *_frame_tokens(sizes)[:keep]), sizes[-1][1:])
 
 
-def line(full: int, size: int) -> Tensor:
+def _line(full: int, size: int) -> Tensor:
     """(size,) positions of a coarser line's cells, in cells of one of `full`: their centres."""
     centres = (torch.arange(size, dtype=torch.float64) + 0.5) * full / size - 0.5
     return centres.clamp(0, max(full - 1, 0))
@@ -195,7 +197,7 @@ def _places(
         for size in sizes:
             starts = time, len(lines[1]), len(lines[2])
             for axis in (1, 2):
-                lines[axis] = torch.cat([lines[axis], line(sizes[-1][axis], size[axis])])
+                lines[axis] = torch.cat([lines[axis], _line(sizes[-1][axis], size[axis])])
             steps = [torch.arange(n) + start for n, start in zip(size, starts, strict=True)]
             rows.append(torch.cartesian_prod(*steps).to(torch.int32))
             time += size[0]

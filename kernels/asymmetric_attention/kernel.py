@@ -39,7 +39,7 @@ class Blocks(NamedTuple):
 
 
 # By the padded head width, for 16-bit and for 32-bit inputs: the largest found that spill nothing
-# on any of the budgeted architectures under Triton 3.7; under 3.6 three variants take 16 or 32
+# on any of the budgeted architectures under Triton 3.7; under 3.6 two variants take 16 or 32
 # bytes of stack (`budget.json`). Float32 wider than 64 may spill. One table serves all until a
 # measurement splits it.
 FORWARD = {
@@ -49,7 +49,7 @@ FORWARD = {
         128: Blocks(128, 32, 8, 3),
         256: Blocks(64, 32, 8, 2),
     },
-    32: {64: Blocks(64, 32, 8, 2), 128: Blocks(32, 32, 8, 2), 256: Blocks(16, 16, 8, 2)},
+    32: {64: Blocks(64, 16, 8, 2), 128: Blocks(32, 32, 8, 2), 256: Blocks(16, 16, 8, 2)},
 }
 BACKWARD_Q = {
     16: {

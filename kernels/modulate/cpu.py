@@ -19,10 +19,7 @@ layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
 def add(x: Tensor, h: Tensor, gate: Tensor | None, starts: Tensor | None = None) -> Tensor:
     """`x + gate * h` in the dtype of x."""
     if starts is not None and gate is not None:
-        token = torch.arange(x.shape[1], dtype=starts.dtype, device=x.device)
-        ends = starts[:, 1:].contiguous()
-        group = torch.searchsorted(ends, token.repeat(len(ends), 1), right=True)
-        gate = gate[torch.arange(len(gate), device=x.device)[:, None], group]  # a row per token
+        return _add_unequal(x, h, gate, starts)
     total = out = x.new_empty(x.shape)
     if gate is None:
         return torch.add(x, h, out=total)
@@ -33,6 +30,20 @@ def add(x: Tensor, h: Tensor, gate: Tensor | None, starts: Tensor | None = None)
         rows = rows.unsqueeze(2)
     torch.addcmul(x, rows, h, out=out)
     return total
+
+
+def _add_unequal(x: Tensor, h: Tensor, gate: Tensor, starts: Tensor) -> Tensor:
+    if x.device.type == "cpu":
+        total = x.new_empty(x.shape)
+        for x_, h_, total_, gate_ in _unequal(starts, (x, h, total), (gate,)):
+            torch.addcmul(x_, gate_, h_, out=total_)
+        return total
+    # Where frames start is not known on the host: a row for every token.
+    token = torch.arange(x.shape[1], dtype=starts.dtype, device=x.device)
+    ends = starts[:, 1:].contiguous()
+    group = torch.searchsorted(ends, token.repeat(len(ends), 1), right=True)
+    rows = gate[torch.arange(len(gate), device=x.device)[:, None], group]
+    return torch.addcmul(x, rows, h).to(x.dtype)
 
 
 def add_backward(
@@ -64,8 +75,10 @@ def forward(x, h, gate, shift, scale, starts, rms, eps, dtype):
         wide = torch.promote_types(x.dtype, torch.float32)
         y, rstd = x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:2], dtype=wide)
         mean = None if rms else torch.empty_like(rstd)
-        for x_, y_, mean_, rstd_, *rows in _unequal(starts, (x, y, mean, rstd), (shift, scale)):
-            found = forward(x_, None, None, *rows, None, rms, eps, dtype)[1:]
+        for x_, y_, mean_, rstd_, shift_, scale_ in _unequal(
+            starts, (x, y, mean, rstd), (shift, scale)
+        ):
+            found = forward(x_, None, None, shift_, scale_, None, rms, eps, dtype)[1:]
             for whole, part in zip((y_, mean_, rstd_), found, strict=True):
                 if whole is not None:
                     whole.copy_(part)
@@ -134,32 +147,27 @@ def backward(dsum, dy, total, h, gate, scale, starts, mean, rstd, rms):
 
 def _backward_unequal(dsum, dy, total, h, gate, scale, starts, mean, rstd, rms):
     """`backward`, group by group."""
-    gated = gate is not None
-    dx, dh = total.new_empty(total.shape), h.new_empty(h.shape) if gated else None
-    dgate, dshift, dscale = (
-        t if t is None else _wide_zeros(t, total) for t in (gate, scale, scale)
-    )
-    inputs, rows = (dsum, dy, total, h, None if rms else mean, rstd), (gate, scale)
-    for *given, dx_, dh_, gate_, scale_, dgate_, dshift_, dscale_ in _unequal(
-        starts, (*inputs, dx, dh), (*rows, dgate, dshift, dscale)
-    ):
-        dsum_, dy_, total_, h_, mean_, rstd_ = given
-        gate_ = gate_ if gate_ is None else gate_.to(dshift.dtype)
-        found = backward(
-            dsum_, dy_, total_, h_, gate_, scale_.to(dshift.dtype), None,
-            mean if mean_ is None else mean_, rstd_, rms,
-        )  # fmt: skip
+    dx, dh, dgate = total.new_empty(total.shape), None, None
+    dshift, dscale = _wide_zeros(scale, total), _wide_zeros(scale, total)
+    if gate is not None:
+        dh, dgate = h.new_empty(h.shape), _wide_zeros(gate, total)
+    tokens = dsum, dy, total, h, None if rms else mean, rstd, dx, dh
+    rows = gate, scale, dgate, dshift, dscale
+    for views in _unequal(starts, tokens, rows):
+        dsum_, dy_, total_, h_, mean_, rstd_, dx_, dh_, gate_, scale_, *sums = views
+        gate_, scale_ = (t if t is None else t.to(dshift.dtype) for t in (gate_, scale_))
+        mean_ = mean if mean_ is None else mean_
+        found = backward(dsum_, dy_, total_, h_, gate_, scale_, None, mean_, rstd_, rms)
         dx_.copy_(found[0])
-        dshift_ += found[3]
-        dscale_ += found[4]
-        if gated:
+        if dh_ is not None:
             dh_.copy_(found[1])
-            dgate_ += found[2]
-    if not gated:
-        dh, dgate = total.new_empty(0), total.new_empty(0)
-    else:
-        dgate = dgate.to(gate.dtype)
-    return dx, dh, dgate, dshift.to(scale.dtype), dscale.to(scale.dtype)
+        for whole, part in zip(sums, found[2:], strict=True):
+            if whole is not None:
+                whole += part
+    dshift, dscale = dshift.to(scale.dtype), dscale.to(scale.dtype)
+    if dh is None or dgate is None:
+        return dx, total.new_empty(0), total.new_empty(0), dshift, dscale
+    return dx, dh, dgate.to(gate.dtype), dshift, dscale
 
 
 def _unequal(starts: Tensor, tokens, rows):

@@ -35,8 +35,9 @@ def backward(dq_out, dk_out, q, k, q_weight, k_weight, q_bias, k_bias, *rule):
             *map(rows_together, (dq_out, dk_out, q, k)), _wide(q_weight), _wide(k_weight),
             *tables, dq, dk, *sums,
         )  # fmt: skip
-    pairs = zip(sums, affine, strict=True)
-    return dq, dk, *(q.new_empty(0) if row is None else total.to(row.dtype) for total, row in pairs)
+    dtypes = (q.dtype if row is None else row.dtype for row in affine)
+    found = (q.new_empty(0) if total is None else total for total in sums)
+    return dq, dk, *(row.to(dtype) for row, dtype in zip(found, dtypes, strict=True))
 
 
 def _forward(q, k, affine, rule, back):

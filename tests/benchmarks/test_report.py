@@ -85,6 +85,12 @@ def test_a_duel_of_models_is_read_as_two_rivals(found):
     assert "ratio_p50" not in model[0]
 
 
+def test_a_model_that_counts_its_work_says_its_share_of_the_matmul(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(_duel(8) | {"flops": 10**9}) + "\n")
+    assert [row["of_matmul"] for row in rows.read(path)] == pytest.approx([1.0, 0.8])
+
+
 def test_each_picture_is_drawn_where_there_is_something_to_show(found):
     def of(room):
         return [row for row in found if row["room"] == room and row["match"]]

@@ -38,6 +38,19 @@ def results(f, inputs, grads):
     return *found, *torch.autograd.grad(found, leaves, grads)
 
 
+def check_budget(within_budget, inputs, grads, rms=False):
+    """Hold `gated_residual_norm_modulate` and its gradients to float64."""
+    found = results(lambda *a: gated_residual_norm_modulate(*a, rms=rms), inputs, grads)
+    plain = results(lambda *a: eager(*a, rms), inputs, grads)
+    exact = results(
+        lambda *a: reference.gated_residual_norm_modulate(*a, rms=rms),
+        [tensor.double() for tensor in inputs],
+        [grad.double() for grad in grads],
+    )
+    for name, *triple in zip(NAMES, found, plain, exact, strict=True):
+        within_budget(*triple, name)
+
+
 @pytest.mark.parametrize("rms", [False, True])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_written_gradient_is_the_gradient(granularity, rms):
@@ -61,16 +74,13 @@ def test_written_gradient_is_the_gradient(granularity, rms):
 def test_cpu_rounds_no_worse_than_eager(
     within_budget, cpu_path, B, N, D, shared, granularity, rms, dtype
 ):
-    inputs, grads = drawn(B, N, D, granularity, dtype, shared)
-    found = results(lambda *a: gated_residual_norm_modulate(*a, rms=rms), inputs, grads)
-    plain = results(lambda *a: eager(*a, rms), inputs, grads)
-    exact = results(
-        lambda *a: reference.gated_residual_norm_modulate(*a, rms=rms),
-        [tensor.double() for tensor in inputs],
-        [grad.double() for grad in grads],
-    )
-    for name, *triple in zip(NAMES, found, plain, exact, strict=True):
-        within_budget(*triple, name)
+    check_budget(within_budget, *drawn(B, N, D, granularity, dtype, shared), rms)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rms", [False, True])
+def test_other_instruction_sets_round_no_worse(within_budget, vectors, rms, dtype):
+    check_budget(within_budget, *drawn(3, 39, 70, "frame", dtype), rms)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -311,12 +321,4 @@ print(len(residual._forward.device_caches), count(residual._forward), count(resi
 def test_gpu_bf16_at_real_sizes(within_budget, granularity):
     inputs, grads = drawn(2, 3072, 1152, granularity, torch.bfloat16)
     inputs, grads = ([t.cuda() for t in tensors] for tensors in (inputs, grads))
-    found = results(gated_residual_norm_modulate, inputs, grads)
-    plain = results(eager, inputs, grads)
-    exact = results(
-        reference.gated_residual_norm_modulate,
-        [tensor.double() for tensor in inputs],
-        [grad.double() for grad in grads],
-    )
-    for name, *triple in zip(NAMES, found, plain, exact, strict=True):
-        within_budget(*triple, name)
+    check_budget(within_budget, inputs, grads)

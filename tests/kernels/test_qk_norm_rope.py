@@ -97,9 +97,21 @@ def test_written_gradient_is_the_gradient(rand, norm, turn):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("turn", TURNS)
 @pytest.mark.parametrize("norm", NORMS)
-def test_cpu_rounds_no_worse_than_eager(within_budget, cpu_path, norm, turn, dtype):
+@pytest.mark.parametrize("width", [40, 64])  # not all vectors divide the first
+def test_cpu_rounds_no_worse_than_eager(within_budget, cpu_path, width, norm, turn, dtype):
     torch.manual_seed(0)
-    inputs = make(lambda *s, dtype: torch.randn(s).to(dtype), 2, 37, 3, 40, norm, turn, dtype)
+    inputs = make(lambda *s, dtype: torch.randn(s).to(dtype), 2, 37, 3, width, norm, turn, dtype)
+    q, k, douts, affine, rotary = inputs
+    check_budget(within_budget, OP, BACKWARD, q, k, douts, norm, affine, rotary)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [40, 64])
+@pytest.mark.parametrize("turn", ["three axes, partial", "halves of two axes, partial"])
+@pytest.mark.parametrize("norm", ["rms per head", "layer across heads"])
+def test_other_instruction_sets_round_no_worse(within_budget, vectors, norm, turn, width, dtype):
+    torch.manual_seed(0)
+    inputs = make(lambda *s, dtype: torch.randn(s).to(dtype), 2, 37, 3, width, norm, turn, dtype)
     q, k, douts, affine, rotary = inputs
     check_budget(within_budget, OP, BACKWARD, q, k, douts, norm, affine, rotary)
 

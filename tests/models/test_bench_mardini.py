@@ -8,7 +8,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import goals
+from benchmarks import goals, rows
 from benchmarks.models import bench_mardini
 from benchmarks.papers import tables, work
 from benchmarks.rivals.mardini_eager import MarDiniEager
@@ -24,10 +24,10 @@ def test_quick_run(tmp_path, capsys):
     arguments = "--quick --attention ST --frames 3 --steps 2 --guided --job sample backward"
     arguments += f" --threads 1 --device cpu --out {tmp_path / 'rows.jsonl'}"
     assert bench_mardini.main(arguments.split()) == 0
-    rows = list(map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines()))
-    assert [row["match"] for row in rows] == [True, True]
-    assert [row["guided"] for row in rows] == [True, False]
-    assert "paper" not in rows[0]
+    found = list(map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines()))
+    assert [row["match"] for row in found] == [True, True]
+    assert [row["guided"] for row in found] == [True, False]
+    assert "paper" not in found[0]
     name = "mardini/sample tiny/ST asymmetric frames=3 side=128 batch=1 float32 2 steps guided"
     assert name + " depth 2" in capsys.readouterr().out
 
@@ -50,7 +50,7 @@ def test_published_rows_find_their_cells():
 
 def test_our_column_comes_from_a_row_of_the_benchmark():
     row = SPEC | bench_mardini.counts(SPEC) | {"case": "mardini/sample", "room": "mardini"}
-    row |= {"rival": "fastvid", "match": True, "machine": "A GPU", "device": "cuda"}
+    row |= {"rival": "fastvid", "match": True, "machine": "A GPU", "device": "cuda", "threads": 1}
     row |= {"p50_ms": 2180.0, "peak_mib": 10000.0, "matmul_bf16_tflop_per_s": 700.0}
     lines = {line.name: line.ours for line in tables.mardini([row]).lines}
     assert lines["L/T asymmetric 13 frames 512x512"] == (
@@ -98,14 +98,18 @@ def test_the_papers_formula_leaves_out_little():
     assert 1 < whole.flops / formula.flops < 1.002
 
 
-def test_the_goal_reads_the_share_of_matmul_off_a_row():
+def test_the_goal_reads_the_share_of_matmul_off_a_row(tmp_path):
     (goal, memory_goal) = (goal for goal in goals.GOALS if goal.case.startswith("mardini/"))
     case = bench_mardini.label(SPEC)
     row = {"case": case, "match": True, "fastvid_p50_ms": 2000.0, "flops": 700e12}
-    row |= {"matmul_bf16_tflop_per_s": 500.0, "fastvid_peak_mib": 9000.0}
-    assert goals.measured(goal, [row])[0] == pytest.approx(0.7)
-    assert goals.measured(memory_goal, [row])[0] == 9000
-    assert goals.measured(goal, [row | {"match": False}]) is None
+    row |= {"matmul_bf16_tflop_per_s": 500.0, "fastvid_peak_mib": 9000.0, "dtype": "bfloat16"}
+    row |= dict.fromkeys([f"wall_ratio_p{p}" for p in (20, 50, 80)], 1.5)
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    found = rows.read(path)
+    assert goals.measured(goal, found)[0] == pytest.approx(0.7)
+    assert goals.measured(memory_goal, found)[0] == 9000
+    assert goals.measured(goal, [each | {"match": False} for each in found]) is None
     labels = {
         bench_mardini.label(spec) for spec in bench_mardini.specs(torch.device("cuda"), False)
     }

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks.models import bench_pyramid_flow as bench
+from benchmarks.models import command
 from fastvid.models.pyramid_columns import clip_sizes
 
 
@@ -36,9 +37,9 @@ def test_the_network_is_of_the_stated_size():
 
 
 def test_the_floor_and_the_match_decide(monkeypatch, capsys):
-    row = {"match": True, "wall_ratio_p50": 1.2}
+    row = {"match": True, "wall_ratio_p50": 1.2, "room": "pyramid_flow"}
     monkeypatch.setattr(bench, "measure", lambda *_, **__: row)
-    monkeypatch.setattr(bench, "line", str)
+    monkeypatch.setattr(command, "line", str)
     arguments = ["--job=forward", "--threads=1", "--device=cpu", "--quick"]
     assert bench.main(arguments) == 0
     assert bench.main([*arguments, "--floor", "1.3"]) == 1

@@ -391,6 +391,7 @@ def test_inference_before_training_leaves_no_trace(model, column):
         ({"latents": [1]}, TypeError, "latents must be a tensor of floating-point"),
         ({"latents": torch.zeros(2, 4, 1, 7, 12)}, ValueError, "multiples of 2, got T=1, H=7"),
         ({"latents": torch.zeros(2, 4, 0, 8, 12)}, ValueError, "latents must have frames"),
+        ({"latents": torch.zeros(0, 4, 1, 8, 12)}, ValueError, "at least one sample, got none"),
         ({"history": [torch.zeros(2, 3, 1, 4, 6)]}, ValueError, r"history\[0\] must be \(2, 4,"),
         ({"history": [torch.zeros(1, 4, 1, 4, 6)]}, ValueError, r"history\[0\] must be \(2, 4,"),
         ({"history": [torch.zeros(2, 4, 1, 4, 5)]}, ValueError, r"history\[0\] must have frames"),

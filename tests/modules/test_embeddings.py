@@ -19,6 +19,13 @@ def test_line_is_sines_then_cosines():
     np.testing.assert_allclose(table.numpy(), expected, atol=1e-7)
 
 
+def test_positions_may_be_fractions():
+    table = sincos_table(torch.tensor([0.0, 0.5, 3.0]), 8)
+    assert torch.equal(table[[0, 2]], sincos_table(4, 8)[[0, 3]])
+    angles = 0.5 * 10000.0 ** -(np.arange(4) / 4)
+    np.testing.assert_allclose(table[1].numpy(), [*np.sin(angles), *np.cos(angles)], atol=1e-7)
+
+
 def test_grid_has_the_column_before_the_row():
     table = sincos_grid(3, 5, 16)
     assert table.shape == (3, 5, 16)
