@@ -27,6 +27,7 @@ def main(argv: Sequence[str]) -> int:
     from fastvid.training.evaluate import evaluate, format_table, write_json
     from fastvid.training.families import family_of
     from fastvid.training.runs import load_run
+    from fastvid.training.sample import frames_at_once
     from fastvid.training.timeline import latent_frames
 
     if argv and argv[0] == "vidim":
@@ -53,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
             clips,
             task=task,
             given=given,
-            window=model.config.frames,
+            window=frames_at_once(model, latents),
             prediction=config.diffusion.prediction,
             steps=options.steps,
             samples=options.samples,

@@ -47,6 +47,7 @@ def main(argv: Sequence[str]) -> int:
     sampler_of, spacing = family.sampler_of(model, codec, config, guidance=options.guidance)
     task, given = pick_task(config, options.task, options.given)
     known = _known(options, config, codec, task, given, latents)
+    size = config.data.size[0] // codec.factor, config.data.size[1] // codec.factor
 
     clips = _clips(options, config, codec, task, known, frames)
     jobs = [(clip, seed) for clip in clips for seed in _seeds(options)]
@@ -74,6 +75,7 @@ def main(argv: Sequence[str]) -> int:
                 task=task,
                 seeds=[seed for _, seed in jobs_together],
                 frames=frames,
+                size=size,
                 known=there,
                 overlap=options.overlap,
                 steps=min(options.steps, config.diffusion.steps),

@@ -14,6 +14,7 @@ from fastvid.data.atomic import whole
 from fastvid.diffusion.tasks import PARTIAL, TASKS
 from fastvid.models.autoencoder import FACTOR
 from fastvid.models.mardini_config import MarDiniConfig
+from fastvid.models.pyramid_flow import PyramidFluxConfig
 from fastvid.models.vdt import VDTConfig
 from fastvid.training.timeline import latent_frames
 
@@ -167,22 +168,27 @@ class OptimConfig:
     """Steps of linear rise to lr."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's."""
+    eps: float = 1e-8
+    """AdamW's."""
     weight_decay: float = 0.0
     """AdamW's; on matrices only, not on biases and norms."""
     clip: float = 1.0
     """Largest gradient norm; larger ones are scaled down to it. 0 clips nothing."""
+    skip_loss: float = 0.0
+    """Updates are left out where the loss of their batch is this or more. 0 leaves none out."""
     ema: float = 0.9999
     """Decay of the averaged weights, ramped up as (1 + step) / (10 + step). 0 keeps none."""
 
     def __post_init__(self):
         _expect_types(self, "optim")
-        _positive(self, "optim", "batch", "accumulate", "lr")
+        _positive(self, "optim", "batch", "accumulate", "lr", "eps")
         if not 0 <= self.lr_end <= self.lr:
             raise ValueError(f"optim.lr_end must be in [0, lr = {self.lr}], got {self.lr_end}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"optim.ema must be in [0, 1), got {self.ema}")
-        if min(self.warmup, self.clip, self.weight_decay) < 0:
-            raise ValueError("optim.warmup, clip and weight_decay must not be negative")
+        for name in ("warmup", "clip", "weight_decay", "skip_loss"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"optim.{name} must not be negative, got {getattr(self, name)}")
         if self.batch % self.accumulate:
             raise ValueError(
                 f"optim.batch must be a multiple of accumulate = {self.accumulate}, "
@@ -245,13 +251,13 @@ class TrainConfig:
     model: Any
     data: DataConfig = field(default_factory=DataConfig)
     codec: CodecConfig = field(default_factory=CodecConfig)
-    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    diffusion: Any = field(default_factory=DiffusionConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self):
         frames = self.latent_frames
-        if frames > self.model.frames:
+        if frames > getattr(self.model, "frames", frames):
             latent = " latent frames" if frames != self.data.frames else ""
             raise ValueError(
                 f"data.frames must be at most model.frames = {self.model.frames}{latent}, "
@@ -277,6 +283,7 @@ class TrainVDT(TrainConfig):
     family: Literal["vdt"] = "vdt"
     """The kind of model."""
     model: VDTConfig = field(default_factory=VDTConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
 
     def check_latents(self, channels: int, factor: int) -> None:
         made = (channels, *(side / factor for side in self.data.size))
@@ -310,6 +317,7 @@ class TrainMarDini(TrainConfig):
     family: Literal["mardini"] = "mardini"
     """The kind of model."""
     model: MarDiniConfig = field(default_factory=MarDiniConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     stage: StageConfig = field(default_factory=StageConfig)
 
     def __post_init__(self):
@@ -357,7 +365,97 @@ class TrainMarDini(TrainConfig):
             )
 
 
-FAMILIES: dict[str, type[TrainConfig]] = {"vdt": TrainVDT, "mardini": TrainMarDini}
+@dataclass(frozen=True, kw_only=True)
+class PyramidConfig:
+    """Flow through stages of rising resolution, each frame from the coarser the older ones."""
+
+    sample_ratios: tuple[int, ...] = (1, 2, 1)
+    """Shares of a batch that train each stage, lowest resolution first; as many as stages."""
+    sync_group: int = 1
+    """How many frames of the clip a stage learns to predict in one step; the steps go through all.
+    Fewer make larger batches of a kind, and faster steps."""
+    shift: float = 1.0
+    """Of the noise levels, towards noise where it is above 1."""
+    gamma: float = 1 / 3
+    """The noise of a jump between stages has correlation -gamma in each block of 2 x 2 cells."""
+    steps: int = 1000
+    """Points of a stage's time that training draws from."""
+    corrupt: float = 1 / 3
+    """The most noise on the frames before, in training; drawn evenly from 0 on for each clip."""
+    context: int = 1
+    """First frames that validation, contact sheets and `--task predict` start from; 0: nothing."""
+
+    def __post_init__(self):
+        _expect_types(self, "diffusion")
+        _positive(self, "diffusion", "sync_group", "shift", "steps")
+        if not self.sample_ratios or min(self.sample_ratios) < 1:
+            raise ValueError(
+                f"diffusion.sample_ratios must give each stage a share, got {self.sample_ratios}"
+            )
+        if not 0 < self.gamma <= 1 / 3:
+            raise ValueError(f"diffusion.gamma must be in (0, 1/3], got {self.gamma}")
+        if not 0 <= self.corrupt <= 1:
+            raise ValueError(f"diffusion.corrupt must be in [0, 1], got {self.corrupt}")
+        if self.context < 0:
+            raise ValueError(f"diffusion.context must not be negative, got {self.context}")
+        if self.steps < (stages := len(self.sample_ratios)):
+            raise ValueError(f"diffusion.steps must be at least the {stages} stages")
+
+    # What other families choose: this one always predicts a velocity and leaves no condition out.
+    prediction = property(lambda self: "v")
+    ref_ratio = property(lambda self: (0.0, 0.0))
+    drop = property(lambda self: 0.0)
+
+    @property
+    def tasks(self) -> dict[str, float]:
+        return {"predict" if self.context else "unconditional": 1.0}
+
+    @property
+    def given(self) -> dict[str, int]:
+        return {"predict": self.context} if self.context else {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainPyramid(TrainConfig):
+    """A whole run of Pyramid Flow, by miniFLUX and without text."""
+
+    family: Literal["pyramid"] = "pyramid"
+    """The kind of model."""
+    model: PyramidFluxConfig = field(default_factory=PyramidFluxConfig)
+    diffusion: PyramidConfig = field(default_factory=PyramidConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        columns, group = sum(self.diffusion.sample_ratios), self.diffusion.sync_group
+        if self.optim.batch % (columns * group):
+            raise ValueError(
+                f"optim.batch must be a multiple of the {columns} columns of "
+                f"diffusion.sample_ratios x sync_group = {group}, got {self.optim.batch}"
+            )
+        if self.diffusion.context >= self.latent_frames:
+            raise ValueError(
+                f"diffusion.context must leave one of {self.latent_frames} latent frames to make, "
+                f"got {self.diffusion.context}"
+            )
+
+    def check_latents(self, channels: int, factor: int) -> None:
+        if channels != self.model.channels:
+            raise ValueError(
+                f"model.channels must be the codec's {channels}, got {self.model.channels}"
+            )
+        patch = factor * self.model.patch * 2 ** (len(self.diffusion.sample_ratios) - 1)
+        if any(side % patch for side in self.data.size):
+            raise ValueError(
+                f"data.size must be multiples of {patch} pixels, whole patches at the lowest "
+                f"stage, got {self.data.size}"
+            )
+
+
+FAMILIES: dict[str, type[TrainConfig]] = {
+    "vdt": TrainVDT,
+    "mardini": TrainMarDini,
+    "pyramid": TrainPyramid,
+}
 
 
 def write_config(config: TrainConfig, path: Path) -> None:
@@ -436,6 +534,8 @@ def _typed(key: str, value: Any, kind: Any) -> Any:
         if value in inner:
             return value
         raise ValueError(f"{key} must be one of {', '.join(inner)}, got {value!r}")
+    if of is tuple and inner[-1] is Ellipsis and isinstance(value, list | tuple):
+        return tuple(_typed(key, item, inner[0]) for item in value)
     if of is tuple and isinstance(value, list | tuple) and len(value) == len(inner):
         return tuple(_typed(key, item, k) for item, k in zip(value, inner, strict=True))
     if of is dict and isinstance(value, Mapping):

@@ -17,7 +17,7 @@ from fastvid.training.sheets import Row, save_contact_sheet
 from fastvid.training.timeline import known_in_video
 from fastvid.training.validate import fixed_clips
 
-_CLIPS, _STEPS = 4, 25  # clips on a sheet, DDIM steps
+_CLIPS, _STEPS = 4, 25  # clips on a sheet, steps of the sampler
 
 
 def save_preview(
@@ -47,6 +47,6 @@ def save_preview(
         draws.tasks, given, codec.decode(truth), codec.decode(made), strict=True
     ):
         rows += [Row("clip", filmed.cpu()), Row(task, drawn.cpu(), known)]
-    title = f"{path.stem}, {len(short)} DDIM steps"
+    title = f"{path.stem}, {len(short)} steps"
     with writing(path):
         save_contact_sheet(path, rows, title=title)

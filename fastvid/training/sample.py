@@ -65,6 +65,7 @@ def sample_task(
     task: str,
     seeds: Sequence[int],
     frames: int | None = None,
+    size: tuple[int, int] | None = None,
     given: int | None = None,
     known: Tensor | None = None,
     overlap: int | None = None,
@@ -93,6 +94,7 @@ def sample_task(
         task: a name in `diffusion.tasks.TASKS`.
         seeds: one per clip; decides its noise and, where the task draws, what is given.
         frames: T, length of the clips; the model's own by default.
+        size: height and width in latent cells where there is no video; the model's own by default.
         given: given frames, or None for the task's own number.
         known: bool (B or 1, T), what is given in place of the task's own choice.
         overlap: frames that a window shares with the one before. By default those the task gives
@@ -112,7 +114,7 @@ def sample_task(
     T = latent_frames(frames, codec.time_factor) if frames else model.config.frames
     device = next(model.parameters()).device
     if video is None:
-        H, W = model.config.height, model.config.width
+        H, W = size or (model.config.height, model.config.width)
     else:
         if len(seeds) != len(video):
             raise ValueError(f"seeds must be one per clip, B={len(video)}, got {len(seeds)}")
@@ -175,7 +177,7 @@ def sample_task(
         video = _expect_frames(video, count, task)[:, :, :count]
         latents[:, :, :needed] = encode(video)
     sampler = sampler_of(video, known)
-    window = min(T, model.config.frames)
+    window = frames_at_once(model, T)
     starts = plan_windows(known, window, overlap=overlap, from_end=task == _BACKWARD)
     tick = ticker(progress, len(chain) * len(starts))
     latents = fill_windows(
@@ -187,6 +189,11 @@ def sample_task(
     )
     made = codec.decode(latents).clamp(-1, 1).cpu()
     return Sample(made, known_in_video(known, codec.time_factor))
+
+
+def frames_at_once(model: Any, frames: int) -> int:
+    """Of a clip of `frames`: those of the longest window, or all where a model knows no longest."""
+    return min(frames, getattr(model.config, "frames", frames))
 
 
 def needed_frames(task: str, known: Tensor, have: int, factor: int = 1) -> int:
