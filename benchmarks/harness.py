@@ -149,7 +149,7 @@ def measure(
                 rows[name] = {**cost, **worth(result)}
                 del result
             if device.type == "cuda":
-                rows[name] |= _peaks(thunks[name][0])
+                rows[name] |= _peaks(bind, inputs[0])
         except Exception as error:  # no kernel for this size, out of memory: the others go on
             thunks.pop(name, None)
             rows[name] = {"failed": in_one_line(error)}
@@ -351,12 +351,19 @@ def _tensors(result: Any) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else list(result)
 
 
-def _peaks(thunk: Thunk) -> Row:
-    """MiB that the allocator holds at the peak of a call: in all, and beyond what was there."""
+def _peaks(bind: Callable[..., Thunk], inputs: tuple[Tensor, ...]) -> Row:
+    """MiB of a rival's own: inputs, what its backward keeps and a call; the call's alone.
+
+    What the other rivals and sets of inputs hold meanwhile is not counted.
+    """
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
+    thunk = bind(*inputs)
+    torch.cuda.synchronize()
+    bound = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     thunk()
     torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated()
-    return {"peak_mib": peak / 2**20, "extra_mib": (peak - before) / 2**20}
+    extra = torch.cuda.max_memory_allocated() - bound
+    own = sum(tensor.nbytes for tensor in inputs) + bound - before
+    return {"peak_mib": (own + extra) / 2**20, "extra_mib": extra / 2**20}

@@ -47,8 +47,8 @@ def main(argv: list[str]) -> int:
         "--save", action="store_true", help="renew the rows of these cases in benchmarks/results"
     )
     arguments = parser.parse_args(argv)
-    if arguments.save and arguments.quick:
-        parser.error("--save keeps line-ups of full size: without --quick")
+    if arguments.save and (arguments.quick or arguments.rival):
+        parser.error("--save keeps whole line-ups of full size: without --quick and --rival")
     with machine.pinned(arguments.threads):
         return _run(arguments, torch.device(arguments.device))
 
