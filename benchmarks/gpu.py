@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for what is found")
     parser.add_argument("--minutes", type=float, default=9.0, help="for everything together")
     parser.add_argument("--row-seconds", type=float, default=20.0, help="at most, per case")
-    parser.add_argument("--model-seconds", type=float, default=75.0, help="at most, per model row")
+    parser.add_argument("--model-seconds", type=float, default=100.0, help="at most, per model row")
     parser.add_argument("--keep-failed", action="store_true", help="leave out what failed, too")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, with tiny sizes")
     arguments = parser.parse_args(argv)

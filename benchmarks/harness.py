@@ -115,7 +115,8 @@ def measure(
 ) -> list[Row]:
     """One row per rival.
 
-    A rival that raises has a row that says what; the others are measured all the same.
+    A rival that raises has a row that says what; the others are measured all the same. Eager sets
+    the tolerance: what it raises is raised.
 
     Args:
         seconds: how long all rivals are timed together, after a warm-up of a fifth of it.
@@ -238,7 +239,10 @@ def matches(rows: list[Row]) -> bool:
 
 
 def select(case: Case, rivals: list[str] | None) -> Case:
-    """The case with fastvid, eager (which sets the tolerance) and these rivals; None: with all."""
+    """The case with fastvid, eager (which sets the tolerance) and those of these rivals that it has.
+
+    None keeps all.
+    """
     if rivals is None:
         return case
     wanted = {"fastvid", "eager", *rivals}

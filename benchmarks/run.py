@@ -64,8 +64,12 @@ def _run(arguments: argparse.Namespace, device: torch.device) -> int:
     print(", ".join(f"{name} {value:.4g}" for name, value in ceilings.items()))
     seconds, sets = (arguments.seconds / 10, 4) if quick else (arguments.seconds, 128)
     good, found = True, 0
-    for room in arguments.room or rooms():
-        every = cases(room, device, quick)
+    chosen = {room: cases(room, device, quick) for room in arguments.room or rooms()}
+    known = {name for every in chosen.values() for c in every for name in (*c.rivals, *c.missing)}
+    if unknown := sorted(set(arguments.rival or ()) - known):
+        print(f"no rival {unknown[0]!r} here; known: {', '.join(sorted(known))}")
+        return 1
+    for room, every in chosen.items():
         for case in every:
             if not is_wanted(case, arguments.name, arguments.shape, arguments.dtype):
                 continue
