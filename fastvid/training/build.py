@@ -6,11 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fastvid.diffusion import schedule as schedules
-from fastvid.training.config import DiffusionConfig
+from fastvid.training.config import DiffusionConfig, PyramidConfig
 
 
-def build_schedule(config: DiffusionConfig) -> schedules.Schedule:
-    """The chain that training draws its noise levels from."""
+def build_schedule(config: DiffusionConfig | PyramidConfig) -> schedules.Schedule:
+    """The chain that training draws its noise levels from.
+
+    Of a pyramid only its length is looked at: the levels are those of `training.pyramid.stages_of`.
+    """
+    if isinstance(config, PyramidConfig):
+        return schedules.squared_cosine(config.steps)
     makers: dict[str, Callable[[int], schedules.Schedule]] = {
         "linear": schedules.linear,
         "scaled_linear": schedules.scaled_linear,

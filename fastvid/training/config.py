@@ -12,8 +12,11 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from fastvid.data.atomic import whole
 from fastvid.diffusion.tasks import PARTIAL, TASKS
+from fastvid.models.autoencoder import FACTOR
 from fastvid.models.mardini_config import MarDiniConfig
+from fastvid.models.pyramid_flow import PyramidFluxConfig
 from fastvid.models.vdt import VDTConfig
+from fastvid.training.timeline import latent_frames
 
 T = TypeVar("T")
 
@@ -33,7 +36,7 @@ class DataConfig:
     split_seed: int = 0
     """Which files that share takes; run.seed has no say in it."""
     frames: int = 16
-    """Frames per clip."""
+    """Frames per clip; 1 + 8 n with codec.kind causal-video."""
     size: tuple[int, int] = (128, 128)
     """Height and width in pixels."""
     stride: int = 1
@@ -64,26 +67,40 @@ class DataConfig:
 class CodecConfig:
     """How video becomes latents."""
 
-    kind: Literal["pixel", "diffusers"] = "pixel"
-    """Space-to-depth without weights, or an AutoencoderKL from a local folder."""
+    kind: Literal["pixel", "diffusers", "causal-video"] = "pixel"
+    """Space-to-depth without weights, or an autoencoder from a local folder: an AutoencoderKL, a
+    frame at a time, or a CausalVideoVAE, 8 frames to a latent frame."""
     factor: int = 4
     """pixel: pixels per latent cell along height and width."""
     path: str = ""
-    """diffusers: the autoencoder's folder."""
+    """diffusers, causal-video: the autoencoder's folder."""
     scale: float = 0.18215
     """diffusers: latents = (posterior - shift) * scale."""
     shift: float = 0.0
     """diffusers: see scale."""
     chunk: int = 16
-    """diffusers: frames per call of the autoencoder."""
+    """diffusers, causal-video: frames per call of the autoencoder. causal-video takes a multiple
+    of 8, or 0 for as many as memory has room for."""
     posterior: Literal["sample", "mode"] = "sample"
-    """diffusers: draw latents from the posterior or take its mean."""
+    """diffusers, causal-video: draw latents from the posterior or take its mean."""
+    statistics: Literal["miniflux", "sd3", "none"] = "miniflux"
+    """causal-video: whose mean and spread of image and video latents normalise them."""
+    tile: int = 0
+    """causal-video: side in pixels of tiles that are coded one by one; 0 codes whole frames."""
 
     def __post_init__(self):
         _expect_types(self, "codec")
-        _positive(self, "codec", "factor", "chunk")
-        if self.kind == "diffusers" and not self.path:
-            raise ValueError("codec.path must name a local AutoencoderKL folder")
+        _positive(self, "codec", "factor")
+        if self.kind != "pixel" and not self.path:
+            raise ValueError(f"codec.path must name a local folder for {self.kind}")
+        for name in ("chunk", "tile"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"codec.{name} must not be negative, got {getattr(self, name)}")
+
+    @property
+    def time_factor(self) -> int:
+        """Frames per latent frame after the first."""
+        return FACTOR if self.kind == "causal-video" else 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +127,8 @@ class DiffusionConfig:
     """Training mix: task name to weight. Each clip draws its own task. "predict" alone, with
     average "unknown", is the same as training on given frames put before the noisy ones."""
     given: dict[str, int] = field(default_factory=dict)
-    """Number of given frames by task name, where it is not the task's own."""
+    """Number of given frames by task name, where it is not the task's own; of latent frames where
+    the codec joins frames."""
     ref_ratio: tuple[float, float] = (0.0, 0.0)
     """Share of frames that "arbitrary-interpolation" gives, drawn evenly from this interval for
     each clip; at least one is given and one is not. (0, 0) gives each frame one time in five."""
@@ -150,22 +168,27 @@ class OptimConfig:
     """Steps of linear rise to lr."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's."""
+    eps: float = 1e-8
+    """AdamW's."""
     weight_decay: float = 0.0
     """AdamW's; on matrices only, not on biases and norms."""
     clip: float = 1.0
     """Largest gradient norm; larger ones are scaled down to it. 0 clips nothing."""
+    skip_loss: float = 0.0
+    """Updates are left out where the loss of their batch is this or more. 0 leaves none out."""
     ema: float = 0.9999
     """Decay of the averaged weights, ramped up as (1 + step) / (10 + step). 0 keeps none."""
 
     def __post_init__(self):
         _expect_types(self, "optim")
-        _positive(self, "optim", "batch", "accumulate", "lr")
+        _positive(self, "optim", "batch", "accumulate", "lr", "eps")
         if not 0 <= self.lr_end <= self.lr:
             raise ValueError(f"optim.lr_end must be in [0, lr = {self.lr}], got {self.lr_end}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"optim.ema must be in [0, 1), got {self.ema}")
-        if min(self.warmup, self.clip, self.weight_decay) < 0:
-            raise ValueError("optim.warmup, clip and weight_decay must not be negative")
+        for name in ("warmup", "clip", "weight_decay", "skip_loss"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"optim.{name} must not be negative, got {getattr(self, name)}")
         if self.batch % self.accumulate:
             raise ValueError(
                 f"optim.batch must be a multiple of accumulate = {self.accumulate}, "
@@ -228,18 +251,25 @@ class TrainConfig:
     model: Any
     data: DataConfig = field(default_factory=DataConfig)
     codec: CodecConfig = field(default_factory=CodecConfig)
-    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    diffusion: Any = field(default_factory=DiffusionConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self):
-        if self.data.frames > self.model.frames:
+        frames = self.latent_frames
+        if frames > getattr(self.model, "frames", frames):
+            latent = " latent frames" if frames != self.data.frames else ""
             raise ValueError(
-                f"data.frames must be at most model.frames = {self.model.frames}, "
-                f"got {self.data.frames}"
+                f"data.frames must be at most model.frames = {self.model.frames}{latent}, "
+                f"got {frames}"
             )
         if self.codec.kind == "pixel":
             self.check_latents(3 * self.codec.factor**2, self.codec.factor)
+
+    @property
+    def latent_frames(self) -> int:
+        """Of a clip; refused with a ValueError where the codec makes no whole number of them."""
+        return latent_frames(self.data.frames, self.codec.time_factor, "data.frames")
 
     def check_latents(self, channels: int, factor: int) -> None:
         """Refuse a model that does not fit latents of `channels`, at `factor` pixels per cell."""
@@ -253,6 +283,7 @@ class TrainVDT(TrainConfig):
     family: Literal["vdt"] = "vdt"
     """The kind of model."""
     model: VDTConfig = field(default_factory=VDTConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
 
     def check_latents(self, channels: int, factor: int) -> None:
         made = (channels, *(side / factor for side in self.data.size))
@@ -286,6 +317,7 @@ class TrainMarDini(TrainConfig):
     family: Literal["mardini"] = "mardini"
     """The kind of model."""
     model: MarDiniConfig = field(default_factory=MarDiniConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     stage: StageConfig = field(default_factory=StageConfig)
 
     def __post_init__(self):
@@ -294,6 +326,11 @@ class TrainMarDini(TrainConfig):
             raise ValueError(
                 "data.kind must be clips or frames for mardini, got 'latents': the planner needs "
                 "the same clips made smaller, which `fastvid encode` does not keep"
+            )
+        if self.codec.time_factor > 1:
+            raise ValueError(
+                "codec.kind must be pixel or diffusers for mardini, which plans frame by frame, "
+                f"got {self.codec.kind!r}"
             )
         if self.data.frames < 2:
             raise ValueError(f"data.frames must be at least 2, got {self.data.frames}")
@@ -328,7 +365,97 @@ class TrainMarDini(TrainConfig):
             )
 
 
-FAMILIES: dict[str, type[TrainConfig]] = {"vdt": TrainVDT, "mardini": TrainMarDini}
+@dataclass(frozen=True, kw_only=True)
+class PyramidConfig:
+    """Flow through stages of rising resolution, each frame from the coarser the older ones."""
+
+    sample_ratios: tuple[int, ...] = (1, 2, 1)
+    """Shares of a batch that train each stage, lowest resolution first; as many as stages."""
+    sync_group: int = 1
+    """How many frames of the clip a stage learns to predict in one step; the steps go through all.
+    Fewer make larger batches of a kind, and faster steps."""
+    shift: float = 1.0
+    """Of the noise levels, towards noise where it is above 1."""
+    gamma: float = 1 / 3
+    """The noise of a jump between stages has correlation -gamma in each block of 2 x 2 cells."""
+    steps: int = 1000
+    """Points of a stage's time that training draws from."""
+    corrupt: float = 1 / 3
+    """The most noise on the frames before, in training; drawn evenly from 0 on for each clip."""
+    context: int = 1
+    """First frames that validation, contact sheets and `--task predict` start from; 0: nothing."""
+
+    def __post_init__(self):
+        _expect_types(self, "diffusion")
+        _positive(self, "diffusion", "sync_group", "shift", "steps")
+        if not self.sample_ratios or min(self.sample_ratios) < 1:
+            raise ValueError(
+                f"diffusion.sample_ratios must give each stage a share, got {self.sample_ratios}"
+            )
+        if not 0 < self.gamma <= 1 / 3:
+            raise ValueError(f"diffusion.gamma must be in (0, 1/3], got {self.gamma}")
+        if not 0 <= self.corrupt <= 1:
+            raise ValueError(f"diffusion.corrupt must be in [0, 1], got {self.corrupt}")
+        if self.context < 0:
+            raise ValueError(f"diffusion.context must not be negative, got {self.context}")
+        if self.steps < (stages := len(self.sample_ratios)):
+            raise ValueError(f"diffusion.steps must be at least the {stages} stages")
+
+    # What other families choose: this one always predicts a velocity and leaves no condition out.
+    prediction = property(lambda self: "v")
+    ref_ratio = property(lambda self: (0.0, 0.0))
+    drop = property(lambda self: 0.0)
+
+    @property
+    def tasks(self) -> dict[str, float]:
+        return {"predict" if self.context else "unconditional": 1.0}
+
+    @property
+    def given(self) -> dict[str, int]:
+        return {"predict": self.context} if self.context else {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainPyramid(TrainConfig):
+    """A whole run of Pyramid Flow, by miniFLUX and without text."""
+
+    family: Literal["pyramid"] = "pyramid"
+    """The kind of model."""
+    model: PyramidFluxConfig = field(default_factory=PyramidFluxConfig)
+    diffusion: PyramidConfig = field(default_factory=PyramidConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        columns, group = sum(self.diffusion.sample_ratios), self.diffusion.sync_group
+        if self.optim.batch % (columns * group):
+            raise ValueError(
+                f"optim.batch must be a multiple of the {columns} columns of "
+                f"diffusion.sample_ratios x sync_group = {group}, got {self.optim.batch}"
+            )
+        if self.diffusion.context >= self.latent_frames:
+            raise ValueError(
+                f"diffusion.context must leave one of {self.latent_frames} latent frames to make, "
+                f"got {self.diffusion.context}"
+            )
+
+    def check_latents(self, channels: int, factor: int) -> None:
+        if channels != self.model.channels:
+            raise ValueError(
+                f"model.channels must be the codec's {channels}, got {self.model.channels}"
+            )
+        patch = factor * self.model.patch * 2 ** (len(self.diffusion.sample_ratios) - 1)
+        if any(side % patch for side in self.data.size):
+            raise ValueError(
+                f"data.size must be multiples of {patch} pixels, whole patches at the lowest "
+                f"stage, got {self.data.size}"
+            )
+
+
+FAMILIES: dict[str, type[TrainConfig]] = {
+    "vdt": TrainVDT,
+    "mardini": TrainMarDini,
+    "pyramid": TrainPyramid,
+}
 
 
 def write_config(config: TrainConfig, path: Path) -> None:
@@ -407,6 +534,8 @@ def _typed(key: str, value: Any, kind: Any) -> Any:
         if value in inner:
             return value
         raise ValueError(f"{key} must be one of {', '.join(inner)}, got {value!r}")
+    if of is tuple and inner[-1] is Ellipsis and isinstance(value, list | tuple):
+        return tuple(_typed(key, item, inner[0]) for item in value)
     if of is tuple and isinstance(value, list | tuple) and len(value) == len(inner):
         return tuple(_typed(key, item, k) for item, k in zip(value, inner, strict=True))
     if of is dict and isinstance(value, Mapping):

@@ -8,30 +8,34 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fastvid.diffusion.tasks import draw_task, task_known
-from fastvid.training.config import DiffusionConfig
+from fastvid.training.config import DiffusionConfig, PyramidConfig
 
 
 @dataclass(frozen=True)
 class Draws:
     """For B samples: `index` (B,) into the schedule, `noise` (B, C, T, H, W), `known`
-    (B, T, H, W), `dropped` (B,) where the condition is left out, and the name of each sample's
-    task."""
+    (B, T, H, W), `dropped` (B,) where the condition is left out, the name of each sample's task,
+    its number in the run's order or the validation's, and how many samples a step has; 0 where
+    there are no steps."""
 
     index: Tensor
     noise: Tensor
     known: Tensor
     dropped: Tensor
     tasks: tuple[str, ...]
+    numbers: tuple[int, ...] = ()
+    batch: int = 0
 
     def to(self, device: torch.device) -> Draws:
         index, noise, known = self.index.to(device), self.noise.to(device), self.known.to(device)
-        return Draws(index, noise, known, self.dropped.to(device), self.tasks)
+        dropped = self.dropped.to(device)
+        return replace(self, index=index, noise=noise, known=known, dropped=dropped)
 
 
 def generator(seed: int, *name: str | int) -> torch.Generator:
@@ -44,7 +48,10 @@ def draw(
     generators: Sequence[torch.Generator],
     shape: tuple[int, int, int, int],
     steps: int,
-    diffusion: DiffusionConfig,
+    diffusion: DiffusionConfig | PyramidConfig,
+    *,
+    numbers: Sequence[int] = (),
+    batch: int = 0,
 ) -> Draws:
     """Training's draws, one sample per generator.
 
@@ -52,6 +59,7 @@ def draw(
         shape: (C, T, H, W) of the latents.
         steps: length of the schedule.
         diffusion: its `tasks`, `given`, `ref_ratio` and `drop`.
+        numbers, batch: see `Draws`.
     """
     _, T, H, W = shape
     samples = []
@@ -62,7 +70,7 @@ def draw(
         noise = torch.randn(shape, generator=g)
         dropped = torch.rand(1, generator=g) < diffusion.drop
         samples.append((index, noise, _cells(known, H, W), dropped, name))
-    return _stack(samples)
+    return replace(_stack(samples), numbers=tuple(numbers), batch=batch)
 
 
 def draw_validation(
@@ -70,7 +78,7 @@ def draw_validation(
     count: int,
     shape: tuple[int, int, int, int],
     steps: int,
-    diffusion: DiffusionConfig,
+    diffusion: DiffusionConfig | PyramidConfig,
     *,
     seed: int,
 ) -> Draws:
@@ -90,7 +98,7 @@ def draw_validation(
         known = task_known(name, T, H, W, given=given.get(name), generator=g)
         noise = torch.randn(shape, generator=g)
         samples.append((index, noise, _cells(known, H, W), torch.tensor([False]), name))
-    return _stack(samples)
+    return replace(_stack(samples), numbers=tuple(numbers))
 
 
 def _any_frames(ratio: tuple[float, float], frames: int, g: torch.Generator) -> dict[str, int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastvid.diffusion.schedule import Schedule, Spacing
 from fastvid.modules.hub import HubModel
-from fastvid.training import mardini, vdt
+from fastvid.training import mardini, pyramid, vdt
 from fastvid.training.codec import Codec
 from fastvid.training.config import TrainConfig
 from fastvid.training.draws import Draws
@@ -92,4 +92,4 @@ class Family(Protocol):
 
 def family_of(config: TrainConfig) -> Family:
     """The functions for runs of this kind of config."""
-    return {"vdt": vdt, "mardini": mardini}[config.family]
+    return {"vdt": vdt, "mardini": mardini, "pyramid": pyramid}[config.family]

@@ -57,7 +57,9 @@ def _loop(run: Run, state: TrainState, stop: StopRequest, stop_at: int) -> None:
         loss = _backward(run, state, batch)
         verdict = judge(state, loss, clip=optim.clip, stop=bool(stop) or state.step + 1 == stop_at)
         lr = learning_rate(state.step, settings.steps, optim)
-        if verdict.finite:
+        if verdict.finite and optim.skip_loss and verdict.loss >= optim.skip_loss:
+            run.log.line("skipped", state.step + 1, loss=verdict.loss)
+        elif verdict.finite:
             update(state, lr, optim.ema)
             state.note(loss=verdict.loss, norm=verdict.norm)
         else:
@@ -87,14 +89,17 @@ def _backward(run: Run, state: TrainState, batch: Batch) -> Tensor:
     count = run.config.optim.accumulate
     parts = batch.latents.chunk(count)
     lows = [None] * len(parts) if batch.low is None else batch.low.chunk(count)
-    numbers = iter(batch.numbers)
+    numbers = list(batch.numbers)
     mean = torch.zeros((), device=world.device)
     for part, (clean, low) in enumerate(zip(parts, lows, strict=True), start=1):
+        own, numbers = numbers[: len(clean)], numbers[len(clean) :]
         draws = draw(
-            [generator(run.config.run.seed, "train", next(numbers)) for _ in clean],
+            [generator(run.config.run.seed, "train", number) for number in own],
             tuple(clean.shape[1:]),  # type: ignore[arg-type]
             len(run.schedule),
             run.config.diffusion,
+            numbers=own,
+            batch=run.config.optim.batch,
         ).to(world.device)
         if world.mesh is not None:  # ranks exchange gradients once a step
             state.model.set_requires_gradient_sync(part == len(parts))  # type: ignore[operator]

@@ -20,6 +20,7 @@ from fastvid.training.config import (
     TrainVDT,
 )
 from fastvid.training.recipes_mardini import MARDINI, MARDINI_DEMO
+from fastvid.training.recipes_pyramid import PYRAMID
 
 
 def vdt_demo() -> TrainConfig:
@@ -141,6 +142,7 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "vdt-sky": vdt_sky,
     **MARDINI,
     **MARDINI_DEMO,
+    **PYRAMID,
 }
 
 # Runs that follow each other, each from the weights of the one before: `fastvid train NAME`.

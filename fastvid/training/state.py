@@ -64,7 +64,9 @@ def new_state(config: TrainConfig, model: HubModel, world: World) -> TrainState:
         {"params": [p for p in trainable if p.ndim > 1], "weight_decay": config.optim.weight_decay},
         {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, config.optim.lr, betas=config.optim.betas, fused=True)
+    optimizer = torch.optim.AdamW(
+        groups, config.optim.lr, betas=config.optim.betas, eps=config.optim.eps, fused=True
+    )
     for p in trainable:  # now, not at the first step: a checkpoint needs somewhere to load to
         optimizer.state[p] = {
             "step": torch.zeros((), dtype=torch.float32, device=world.device),

@@ -216,8 +216,14 @@ class Visibility:
         _check_whole("text_lengths", valid)
         if valid.ndim != 1:
             raise ValueError(f"text_lengths must be (B,), got {tuple(valid.shape)}")
+        batch = intervals.common_batch(layout.lengths, valid)
+        if any(len(t) not in (1, batch) for t in (layout.lengths, valid)):
+            raise ValueError(
+                f"text_lengths must be (B,), the layout has B={len(layout.lengths)},"
+                f" got {tuple(valid.shape)}"
+            )
         stamp = (torch.arange(layout.frames, device=layout.device) - 1).clamp(min=0)
-        lengths = layout.lengths.expand(len(valid), -1)
+        lengths = layout.lengths.expand(batch, -1)
         text = torch.minimum(lengths[:, :1], valid[:, None].to(torch.int32))
         lengths = torch.cat([text, lengths[:, 1:]], 1)
         return cls(stamp[:, None] >= stamp[None, :], layout, key_lengths=lengths)
@@ -286,6 +292,9 @@ class Visibility:
             known = mine.host is not None and theirs.host is not None
             if mine.frames != theirs.frames or (known and mine.host != theirs.host):
                 raise ValueError(f"both sides must have the same {name}, got {mine} and {theirs}")
+        if self.batch != other.batch and 1 not in (self.batch, other.batch):
+            sizes = f"{self.batch} and {other.batch}"
+            raise ValueError(f"both sides must have one batch size, or 1, got {sizes}")
 
     def dense(self, query_tokens: int, key_tokens: int) -> Tensor:
         """(B or 1, query_tokens, key_tokens) bool. O(tokens²): the oracle's, not a kernel's."""
@@ -309,7 +318,7 @@ class Visibility:
         query, key = self.queries.lengths.double(), self.keys.lengths.double()
         pairs = (query.sum(-1) * key.sum(-1)).expand(self.batch).sum()
         if self.key_lengths is not None:
-            key = torch.minimum(key, self.key_lengths.double())
+            key = torch.minimum(key, self.key_lengths.clamp(min=0).double())
         seen = (self._open_table().double() @ key[:, :, None])[..., 0]
         if self.self_only is not None:
             seen = seen + self.self_only.double()

@@ -44,12 +44,11 @@ def serves(q: Tensor, k: Tensor, v: Tensor, width: int) -> bool:
 
 
 def _bytes(tensor: Tensor) -> list[int]:
-    """The steps in bytes along axes that have any."""
-    return [
-        step * tensor.itemsize
-        for axis, step in enumerate(tensor.stride()[:3])
-        if axis == 1 or (step and tensor.shape[axis] > 1)
-    ]
+    """The steps in bytes along axes that have any, and along tokens; as in the launcher, a single
+    token has none."""
+    sizes = zip(tensor.stride(), tensor.shape[:3], strict=False)
+    steps = [step if size > 1 else 0 for step, size in sizes]
+    return [step * tensor.itemsize for axis, step in enumerate(steps) if axis == 1 or step]
 
 
 def with_scratch(launch: Callable[[], object], device: torch.device) -> None:

@@ -203,19 +203,19 @@ def _backward_kv(
     )
     m = first + tl.arange(0, BLOCK_M)
     live = m < end
-    valid = m < valid_end
+    valid = live & (m < valid_end)  # padding is not read
 
     dout_ptr += b * dout_b + h * dout_h
     q_ptr += b * q_b + h * q_h
     k_ptr += b * k_b + h * k_h
     v_ptr += b * v_b + h * v_h
-    k1 = load_tile(k_ptr, m, live, k_m, 0, E1, E)  # [BLOCK_M, E1]
-    v1 = load_tile(v_ptr, m, live, v_m, 0, E1, E)
+    k1 = load_tile(k_ptr, m, valid, k_m, 0, E1, E)  # [BLOCK_M, E1]
+    v1 = load_tile(v_ptr, m, valid, v_m, 0, E1, E)
     dk1 = tl.zeros([BLOCK_M, E1], tl.float32)
     dv1 = tl.zeros([BLOCK_M, E1], tl.float32)
     if E2 > 0:
-        k2 = load_tile(k_ptr, m, live, k_m, E1, E2, E)
-        v2 = load_tile(v_ptr, m, live, v_m, E1, E2, E)
+        k2 = load_tile(k_ptr, m, valid, k_m, E1, E2, E)
+        v2 = load_tile(v_ptr, m, valid, v_m, E1, E2, E)
         dk2 = tl.zeros([BLOCK_M, E2], tl.float32)
         dv2 = tl.zeros([BLOCK_M, E2], tl.float32)
     if alone:  # the token's own output was its v

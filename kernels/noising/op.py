@@ -134,10 +134,9 @@ def _save_mse(ctx, inputs, output):
 
 
 def _mse_gradient(ctx, dloss, _dweight):
-    dpred = _masked_mse_backward(dloss, *ctx.saved_tensors)
-    dtarget = None
-    if ctx.needs_input_grad[1]:
-        dtarget = (-dpred).to(ctx.saved_tensors[1].dtype)
+    saved = ctx.saved_tensors  # once: a checkpointed block hands them out a single time
+    dpred = _masked_mse_backward(dloss, *saved)
+    dtarget = (-dpred).to(saved[1].dtype) if ctx.needs_input_grad[1] else None
     return dpred, dtarget, None, None
 
 

@@ -139,10 +139,12 @@ def temporal_attention(
     back, forward = (MOST_FRAMES, MOST_FRAMES) if window is None else window
     if back < 0 or forward < 0:
         raise ValueError(f"window must be (back, forward) frames, at least 0, got {window}")
-    cos, sin = (None, None) if rotary is None else rotary
-    for name, table in (("cos", cos), ("sin", sin)):
-        if table is not None:
-            _expect_table(name, table, q)
+    back, forward = (torch.sym_min(far, MOST_FRAMES) for far in (back, forward))
+    cos = sin = None
+    if rotary is not None:
+        cos, sin = rotary
+        _expect_table("cos", cos, q)
+        _expect_table("sin", sin, q)
     scale = E**-0.5 if scale is None else float(scale)
     return _temporal_attention(q, k, v, known, cos, sin, scale, back, forward)
 

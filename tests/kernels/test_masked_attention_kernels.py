@@ -54,6 +54,19 @@ def test_kernels_serve_every_mask(within_budget, device, rand, mask, dtype):
 
 
 @pytest.mark.usefixtures("interpreter")
+def test_kernels_on_other_keys_than_queries(within_budget, device, rand):
+    """Frames of each sample's own, fewer and more keys than queries."""
+    table = torch.tensor([[True, False, True], [False, True, False]], device=device)
+    few, many = FrameLayout([[2, 3], [4, 1]], device), FrameLayout([[3, 5, 1], [6, 0, 3]], device)
+    for queries, keys, seen in ((few, many, table), (many, few, table.T)):
+        visibility = Visibility(seen, queries, keys)
+        q, dout = (rand(2, queries.tokens, 2, 24) for _ in range(2))
+        k, v = (rand(2, keys.tokens, 2, 24) for _ in range(2))
+        found = launched(q, k, v, visibility, dout, 0.25)
+        check_budget(within_budget, found, q, k, v, visibility, dout, 0.25)
+
+
+@pytest.mark.usefixtures("interpreter")
 def test_kernels_share_expanded_keys_and_repeat_their_bits(device, rand):
     visibility = visibility_of("causal", 3, device)
     q, dout = rand(2, 12, 1, 24), rand(2, 12, 1, 24)
@@ -142,6 +155,18 @@ def test_hidden_keys_may_be_anything(device, rand, way, E):
     torch.testing.assert_close(found, clean)
 
 
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("E", [64, 72])
+def test_padding_may_be_anything_in_the_backward(device, rand, E):
+    table = torch.ones(2, 2, dtype=torch.bool, device=device)
+    visibility = Visibility(table, FrameLayout([3, 9], device=device), key_lengths=[2, 9])
+    q, k, v, dout = (rand(1, 12, 1, E) for _ in range(4))
+    clean = launched(q, k, v, visibility, dout, 0.2)
+    k[:, 2], v[:, 2] = torch.nan, torch.inf
+    found = launched(q, k, v, visibility, dout, 0.2)
+    assert all(torch.equal(a, b) for a, b in zip(found, clean, strict=True))
+
+
 def test_descriptors_are_taken_where_they_were_measured_faster(monkeypatch):
     pytest.importorskip("triton")
     from fastvid.kernels.masked_attention import descriptors
@@ -159,6 +184,7 @@ def test_descriptors_are_taken_where_they_were_measured_faster(monkeypatch):
     assert not descriptors.chosen(q, q, q, 256)
     assert not descriptors.chosen(q[..., 1:], q, q, 64), "starts between two steps of 16 bytes"
     assert not descriptors.chosen(q, q[:, :1].expand(q.shape), q, 64), "a step of nothing"
+    assert not descriptors.chosen(q, q[:, :1], q, 64), "no step at all"
 
 
 def test_what_no_descriptor_reads_is_refused():

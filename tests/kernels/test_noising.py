@@ -320,6 +320,18 @@ def test_meta_tensors_pass_through():
     assert x0.grad.shape == x0.shape
 
 
+def test_activation_checkpointing_of_the_loss(cpu_path, rand):
+    pred, target = (rand(2, 3, 4, 8, 8).requires_grad_() for _ in range(2))
+    known = torch.tensor([[True, False, False, False]])
+
+    def loss(pred, target):
+        return masked_mse(pred, target, known).sum()
+
+    plain = torch.autograd.grad(loss(pred, target), (pred, target))
+    again = torch.autograd.grad(checkpoint(loss, pred, target, use_reentrant=False), (pred, target))
+    assert all(one.equal(other) for one, other in zip(plain, again, strict=True))
+
+
 def test_activation_checkpointing_draws_the_same_noise(cpu_path, rand):
     x0, pred = rand(3, 2, 2, 4, 4).cpu(), rand(3, 2, 2, 4, 4).cpu()
 

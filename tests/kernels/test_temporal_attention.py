@@ -156,6 +156,12 @@ def test_window_of_nothing_is_the_identity(cpu_path):
     assert torch.equal(temporal_attention(q, k, v, window=(0, 0)), v)
 
 
+@pytest.mark.parametrize("far", [64, 2**31, 2**63 - 1])
+def test_a_window_may_be_wider_than_the_clip(cpu_path, far):
+    q, k, v = torch.randn(3, 1, 6, 2, 2, 16)
+    assert torch.equal(temporal_attention(q, k, v, window=(far, far)), temporal_attention(q, k, v))
+
+
 def test_rotary_equals_turning_before_and_sees_only_differences(cpu_path):
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 9, 3, 2, 40)
@@ -311,6 +317,8 @@ C = torch.zeros(4, 8)
         ((Q, Q, Q), {"rotary": (C[:3], C)}, ValueError, "cos must have a row .*T=4 .*got 3"),
         ((Q, Q, Q), {"rotary": (C, C[:, :7])}, ValueError, r"sin must be \(rows, 8\), .*\(4, 7\)"),
         ((Q, Q, Q), {"rotary": (C, C.long())}, TypeError, "sin must be float32.*int64"),
+        ((Q, Q, Q), {"rotary": (C, None)}, TypeError, "sin must be a Tensor, got NoneType"),
+        ((Q, Q, Q), {"rotary": (None, C)}, TypeError, "cos must be a Tensor, got NoneType"),
         ((Q, Q, Q), {"rotary": (C.to("meta"), C)}, ValueError, "cos must be on the device of q"),
     ],
 )

@@ -1,6 +1,7 @@
 """The promises of `FrameLayout` and `Visibility`, and of the interval tables behind them."""
 
 import copy
+import operator
 import pickle
 
 import pytest
@@ -70,6 +71,13 @@ def test_text_and_frames_is_pyramid_flows_rule():
     short, full = visibility.dense(7, 7).int().tolist()
     assert full == [[1, 1, 1, 1, 1, 0, 0]] * 5 + [[1, 1, 1, 1, 1, 1, 1]] * 2
     assert short == [[1, 1, 0, 1, 1, 0, 0]] * 5 + [[1, 1, 0, 1, 1, 1, 1]] * 2
+
+
+def test_text_lengths_meet_the_layouts_of_samples():
+    layout = FrameLayout([[3, 2, 2], [2, 4, 1]])
+    one, each = (Visibility.text_and_frames(layout, lengths) for lengths in ([1], [1, 1]))
+    assert torch.equal(one.dense(7, 7), each.dense(7, 7))
+    assert one.dense(7, 7)[:, :, 1].int().tolist() == [[0] * 7] * 2
 
 
 def test_and_or_combine_what_is_seen():
@@ -240,6 +248,22 @@ def test_union_of_a_self_only_frame_follows_the_other_row():
         (lambda: Visibility.window(SIX, -1, 0), ValueError, "back and forward must be >= 0"),
         (lambda: Visibility.segments(SIX, [1, 2]), ValueError, "ids must be"),
         (lambda: Visibility.text_and_frames(SIX, [[1]]), ValueError, r"text_lengths must be \(B,"),
+        (
+            lambda: Visibility.text_and_frames(FrameLayout([[1, 2], [2, 2]]), [1, 1, 1]),
+            ValueError,
+            r"text_lengths must be \(B,\), the layout has B=2, got \(3,\)",
+        ),
+        *(
+            (
+                lambda combine=combine: combine(
+                    Visibility.identity(SIX, torch.ones(2, 6).bool()),
+                    Visibility.identity(SIX, torch.ones(3, 6).bool()),
+                ),
+                ValueError,
+                "both sides must have one batch size, or 1, got 2 and 3",
+            )
+            for combine in (operator.and_, operator.or_)
+        ),
         (
             lambda: Visibility.full(SIX) & Visibility.full(FrameLayout([1] * 6)),
             ValueError,

@@ -127,7 +127,7 @@ def test_visible_share_is_the_mean_of_the_pairs(seed, lonely, padded):
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(0, 4, (5,), generator=generator) + 1
     alone = torch.rand(2, 5, generator=generator) < 0.3 if lonely else None
-    valid = torch.randint(0, 5, (1, 5), generator=generator) if padded else None
+    valid = torch.randint(-1, 5, (1, 5), generator=generator) if padded else None
     table = torch.rand(5, 5, generator=generator) < 0.5
     visibility = Visibility(table, FrameLayout(lengths), self_only=alone, key_lengths=valid)
     N = visibility.queries.tokens

@@ -106,7 +106,7 @@ def test_a_file_without_a_family_is_of_vdt(tmp_path):
 
 
 def test_an_unknown_family_is_refused():
-    with pytest.raises(ValueError, match="family must be one of vdt, mardini, got 'gan'"):
+    with pytest.raises(ValueError, match="family must be one of vdt, mardini, pyramid, got 'gan'"):
         config_from({"family": "gan"})
 
 

@@ -15,6 +15,7 @@ from fastvid.training.log import read_log
 from fastvid.training.loop import train
 from fastvid.training.runs import load_run
 from tests.training.mardini_stages import tiny_stage
+from tests.training.pyramid_run import tiny_pyramid
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="torch was built without torch.distributed"
@@ -166,8 +167,9 @@ def test_two_processes_train_like_one_and_take_over_from_each_other(config, tmp_
 
 
 @pytest.mark.slow
-def test_two_processes_train_every_stage_of_mardini_like_one(clips, tmp_path):
-    """A planner alone runs beside `forward`; validation and sheets sample a sharded model."""
+def test_two_processes_train_every_family_like_one(clips, tmp_path):
+    """A planner alone runs beside `forward`, as packed columns do; validation and sheets sample a
+    sharded model."""
     often = {"validate_every": 2, "sample_every": 2, "steps": 2, "lr": 1e-3}
     runs = {}
     for world in ("alone", "pair"):
@@ -175,12 +177,13 @@ def test_two_processes_train_every_stage_of_mardini_like_one(clips, tmp_path):
             tiny_stage(clips, tmp_path / world / trains, trains, **often)
             for trains in ("planner", "generator", "both")
         ]
+        runs[world].append(tiny_pyramid(clips, tmp_path / world / "pyramid", **often))
     for config in runs["alone"]:
         train(config)
     run_two(tmp_path, *(("train", config) for config in runs["pair"]))
     for one, two in zip(runs["alone"], runs["pair"], strict=True):
         lines, others = read_log(Path(one.run.folder)), read_log(Path(two.run.folder))
         for line, other in zip(lines, others, strict=True):
-            for name in {"loss", "psnr/arbitrary-interpolation"} & line.keys():
-                assert line[name] == pytest.approx(other[name], rel=1e-4), (one.stage, name)
+            for name in {"loss", "psnr/arbitrary-interpolation", "psnr/predict"} & line.keys():
+                assert line[name] == pytest.approx(other[name], rel=1e-4), (one.run.folder, name)
         assert list(Path(two.run.folder, "samples").iterdir())
