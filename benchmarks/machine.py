@@ -48,8 +48,6 @@ def _fixed(device: torch.device) -> dict[str, Any]:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         triton = None
-    describe = ["git", "describe", "--always", "--dirty"]
-    done = subprocess.run(describe, capture_output=True, text=True, cwd=ROOT)
     return {
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "device": device.type,
@@ -58,8 +56,24 @@ def _fixed(device: torch.device) -> dict[str, Any]:
         "triton": triton,
         "python": platform.python_version(),
         "driver": gpu_state(device)["driver"],
-        "commit": done.stdout.strip() or None,
+        "commit": commit(),
     }
+
+
+def commit(folder: Path = ROOT) -> str | None:
+    """The commit of the checkout, "-dirty" where its code differs; None where there is no git.
+
+    Results and pages do not count: they are what a measurement renews.
+    """
+
+    def git(*command: str) -> str:
+        done = subprocess.run(["git", *command], capture_output=True, text=True, cwd=folder)
+        return done.stdout.strip()
+
+    code = [".", ":(exclude)benchmarks/results", ":(exclude)*.md"]
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", *code)
+    head = git("rev-parse", "--short", "HEAD")
+    return f"{head}-dirty" if head and changed else head or None
 
 
 def gpu_state(device: torch.device) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What is said of the machine, and the cores that a measurement keeps to."""
 
 import os
+import subprocess
 import sys
 import types
 
@@ -95,3 +96,23 @@ def test_state_of_the_gpu_is_none_where_the_driver_says_nothing(driver, monkeypa
     monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: None)
     assert set(machine.gpu_state(CUDA).values()) == {None}
     assert machine.gpu_state(CUDA).keys() == machine.gpu_state(CPU).keys()
+
+
+def test_results_and_pages_make_no_commit_dirty(tmp_path):
+    def git(*command):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True, capture_output=True)
+
+    assert machine.commit(tmp_path) is None
+    files = [tmp_path / "benchmarks/results/cpu/a.jsonl", tmp_path / "README.md", tmp_path / "a.py"]
+    files[0].parent.mkdir(parents=True)
+    for file in files:
+        file.write_text("1")
+    git("init", "-q")
+    git("add", ".")
+    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "one")
+    head = machine.commit(tmp_path)
+    assert head
+    assert not head.endswith("-dirty")
+    for file, expected in zip(files, (head, head, f"{head}-dirty"), strict=True):
+        file.write_text("2")
+        assert machine.commit(tmp_path) == expected
