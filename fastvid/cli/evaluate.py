@@ -68,6 +68,7 @@ def main(argv: Sequence[str]) -> int:
         )
     print(clips.dataset.report, file=sys.stderr)  # type: ignore[attr-defined]
     result["task"] = options.task  # as it was asked for
+    result["sampler"] = family.SAMPLER
     print(format_table(result))
     out = Path(options.out or Path(options.run) / f"metrics-{options.task}.json")
     source = {"fastvid": __version__, "model": str(options.run), "data": options.data}

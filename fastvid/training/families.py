@@ -27,6 +27,10 @@ class Family(Protocol):
     def MODEL(self) -> type[HubModel]:
         """The class of the model."""
 
+    @property
+    def SAMPLER(self) -> str:
+        """What its samples are made by, as scores tell it."""
+
     def build_model(self, config: Any) -> HubModel:
         """A model with fresh weights, or with those of `run.init`.
 

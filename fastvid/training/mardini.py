@@ -26,6 +26,7 @@ from fastvid.training.draws import Draws
 from fastvid.training.sample import Sampler, SamplerOf
 
 MODEL = MarDini
+SAMPLER = "ddim"
 GUIDANCE = 2.5  # the paper's, where all that is given is one frame; none otherwise
 
 

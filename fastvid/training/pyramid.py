@@ -37,6 +37,7 @@ from fastvid.training.draws import Draws, generator
 from fastvid.training.sample import Sampler, SamplerOf
 
 MODEL = PyramidFlux
+SAMPLER = "euler"
 # Those that give the first frames, or nothing; of `image-to-video` it is the first.
 _TASKS = ("predict", "expand", "image-to-video", "unconditional")
 

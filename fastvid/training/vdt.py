@@ -18,6 +18,7 @@ from fastvid.training.draws import Draws
 from fastvid.training.sample import with_frames
 
 MODEL = VDT
+SAMPLER = "ddim"
 
 
 def build_model(config: TrainVDT) -> VDT:

@@ -80,7 +80,9 @@ def test_scores_are_written(run, clips, tmp_path):
     options = ["--data", str(clips), "--task", "predict", "--clips", "2", "--out", str(out)]
     options += ["--steps", "2", "--samples", "1", "--device", "cpu"]
     assert main(["evaluate", str(run), *options]) == 0
-    rows = json.loads(out.read_text())["rows"]
+    result = json.loads(out.read_text())
+    rows = result["rows"]
+    assert result["sampler"] == "euler"
     assert {"sample", "one_step_mean", "copy_nearest"} <= set(rows)
     assert all(torch.tensor(row["psnr"]).isfinite() for row in rows.values())
 
