@@ -5,16 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_type_hints
 
 from fastvid.data.atomic import whole
 from fastvid.diffusion.tasks import PARTIAL, TASKS
 from fastvid.models.mardini_config import MarDiniConfig
 from fastvid.models.pyramid_flow import PyramidFluxConfig
 from fastvid.models.vdt import VDTConfig
+from fastvid.training.typed import expect_types, positive, typed
 
 T = TypeVar("T")
 
@@ -49,8 +49,8 @@ class DataConfig:
     """Processes that read clips, per trainer; 0 reads in the trainer itself."""
 
     def __post_init__(self):
-        _expect_types(self, "data")
-        _positive(self, "data", "frames", "stride")
+        expect_types(self, "data")
+        positive(self, "data", "frames", "stride")
         if min(self.size) < 1:
             raise ValueError(f"data.size must be (height, width) in pixels, got {self.size}")
         if not 0 <= self.validation_share < 1:
@@ -81,8 +81,8 @@ class CodecConfig:
     """diffusers: draw latents from the posterior or take its mean."""
 
     def __post_init__(self):
-        _expect_types(self, "codec")
-        _positive(self, "codec", "factor", "chunk")
+        expect_types(self, "codec")
+        positive(self, "codec", "factor", "chunk")
         if self.kind == "diffusers" and not self.path:
             raise ValueError("codec.path must name a local AutoencoderKL folder")
 
@@ -119,8 +119,8 @@ class DiffusionConfig:
     """Share of training clips whose condition is left out, for guidance; VDT has none."""
 
     def __post_init__(self):
-        _expect_types(self, "diffusion")
-        _positive(self, "diffusion", "steps")
+        expect_types(self, "diffusion")
+        positive(self, "diffusion", "steps")
         if self.zero_snr and self.prediction == "eps":
             raise ValueError("diffusion.zero_snr needs prediction 'v' or 'x0', got 'eps'")
         if unknown := sorted((set(self.tasks) | set(self.given)) - set(TASKS)):
@@ -163,8 +163,8 @@ class OptimConfig:
     """Decay of the averaged weights, ramped up as (1 + step) / (10 + step). 0 keeps none."""
 
     def __post_init__(self):
-        _expect_types(self, "optim")
-        _positive(self, "optim", "batch", "accumulate", "lr", "eps")
+        expect_types(self, "optim")
+        positive(self, "optim", "batch", "accumulate", "lr", "eps")
         if not 0 <= self.lr_end <= self.lr:
             raise ValueError(f"optim.lr_end must be in [0, lr = {self.lr}], got {self.lr_end}")
         if not 0 <= self.ema < 1:
@@ -217,8 +217,8 @@ class RunConfig:
     """Updates in a row that "skip" may leave out before the run ends after all."""
 
     def __post_init__(self):
-        _expect_types(self, "run")
-        _positive(self, "run", "steps", "log_every", "keep", "validation_clips", "skip_limit")
+        expect_types(self, "run")
+        positive(self, "run", "steps", "log_every", "keep", "validation_clips", "skip_limit")
         for name in ("validate_every", "sample_every", "save_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"run.{name} must not be negative, got {getattr(self, name)}")
@@ -283,7 +283,7 @@ class StageConfig:
     """First weights of the planner, where not those of run.init: a run or model folder."""
 
     def __post_init__(self):
-        _expect_types(self, "stage")
+        expect_types(self, "stage")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -357,8 +357,8 @@ class PyramidConfig:
     """First frames that validation, contact sheets and `--task predict` start from; 0: nothing."""
 
     def __post_init__(self):
-        _expect_types(self, "diffusion")
-        _positive(self, "diffusion", "sync_group", "shift", "steps")
+        expect_types(self, "diffusion")
+        positive(self, "diffusion", "sync_group", "shift", "steps")
         if not self.sample_ratios or min(self.sample_ratios) < 1:
             raise ValueError(
                 f"diffusion.sample_ratios must give each stage a share, got {self.sample_ratios}"
@@ -485,48 +485,7 @@ def _from_mapping(kind: type[T], values: Any, where: str) -> T:
         **{
             name: _from_mapping(types[name], value, f"{where}{name}.")
             if is_dataclass(types[name])
-            else _typed(f"{where}{name}", value, types[name])
+            else typed(f"{where}{name}", value, types[name])
             for name, value in values.items()
         }
     )
-
-
-def _expect_types(config: object, part: str) -> None:
-    """Give every field the type of its annotation, or refuse it by name."""
-    for name, kind in get_type_hints(type(config)).items():
-        object.__setattr__(config, name, _typed(f"{part}.{name}", getattr(config, name), kind))
-
-
-def _typed(key: str, value: Any, kind: Any) -> Any:
-    """`value` as `kind`: a list as the tuple that YAML cannot write, "1e-4" as the number that YAML
-    1.1 takes for a text."""
-    of, inner = get_origin(kind), get_args(kind)
-    if of is Literal:
-        if value in inner:
-            return value
-        raise ValueError(f"{key} must be one of {', '.join(inner)}, got {value!r}")
-    if of is tuple and inner[-1] is Ellipsis and isinstance(value, list | tuple):
-        return tuple(_typed(key, item, inner[0]) for item in value)
-    if of is tuple and isinstance(value, list | tuple) and len(value) == len(inner):
-        return tuple(_typed(key, item, k) for item, k in zip(value, inner, strict=True))
-    if of is dict and isinstance(value, Mapping):
-        return {
-            _typed(key, name, inner[0]): _typed(f"{key}.{name}", item, inner[1])
-            for name, item in value.items()
-        }
-    if kind is float:
-        if type(value) in (int, float):
-            return value
-        if isinstance(value, str):
-            with suppress(ValueError):
-                return float(value)
-    elif type(value) is kind:
-        return value
-    wanted = str(kind) if inner else kind.__name__
-    raise ValueError(f"{key} must be {wanted}, got {value!r}")
-
-
-def _positive(config: object, part: str, *names: str) -> None:
-    for name in names:
-        if not getattr(config, name) > 0:
-            raise ValueError(f"{part}.{name} must be positive, got {getattr(config, name)}")
