@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for what is found")
     parser.add_argument("--minutes", type=float, default=9.0, help="for everything together")
     parser.add_argument("--row-seconds", type=float, default=20.0, help="at most, per case")
-    parser.add_argument("--model-seconds", type=float, default=75.0, help="at most, per model row")
+    parser.add_argument("--model-seconds", type=float, default=100.0, help="at most, per model row")
     parser.add_argument("--keep-failed", action="store_true", help="leave out what failed, too")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, with tiny sizes")
     arguments = parser.parse_args(argv)
@@ -48,7 +48,8 @@ def main(argv: list[str]) -> int:
     path, commit = arguments.out / "rows.jsonl", report["commit"]
     done = {row["case"] for row in _last(path, commit)}
     failed = {row["case"] for row in _last(path, commit) if "failed" in row or "skipped" in row}
-    if not _passed(path, commit):
+    passed = _passed(path, commit)
+    if not passed and (passed is None or not arguments.keep_failed):
         row = _tests(arguments.out / "tests.log", (end - time.monotonic()) / 2)
         harness.append(path, [{**row, "commit": commit}])
     jobs = _jobs(device, arguments, ceilings)
@@ -90,11 +91,11 @@ def _last(path: Path, commit: str | None) -> list[harness.Row]:
     return rows.latest(row for row in found if row.get("commit") == commit)
 
 
-def _passed(path: Path, commit: str | None) -> bool:
-    """Whether the tests of this commit did, when they were run last."""
+def _passed(path: Path, commit: str | None) -> bool | None:
+    """Whether the tests of this commit did, when they were run last; None: not run yet."""
     found = harness.read_rows(path)
     ends = [row["match"] for row in found if row["case"] == TESTS and row.get("commit") == commit]
-    return bool(ends) and ends[-1]
+    return ends[-1] if ends else None
 
 
 def _jobs(

@@ -115,7 +115,8 @@ def measure(
 ) -> list[Row]:
     """One row per rival.
 
-    A rival that raises has a row that says what; the others are measured all the same.
+    A rival that raises has a row that says what; the others are measured all the same. Eager sets
+    the tolerance: what it raises is raised.
 
     Args:
         seconds: how long all rivals are timed together, after a warm-up of a fifth of it.
@@ -149,7 +150,7 @@ def measure(
                 rows[name] = {**cost, **worth(result)}
                 del result
             if device.type == "cuda":
-                rows[name] |= _peaks(thunks[name][0])
+                rows[name] |= _peaks(bind, inputs[0])
         except Exception as error:  # no kernel for this size, out of memory: the others go on
             thunks.pop(name, None)
             rows[name] = {"failed": in_one_line(error)}
@@ -238,7 +239,10 @@ def matches(rows: list[Row]) -> bool:
 
 
 def select(case: Case, rivals: list[str] | None) -> Case:
-    """The case with fastvid, eager (which sets the tolerance) and these rivals; None: with all."""
+    """The case with fastvid, eager (which sets the tolerance) and those of these rivals that it has.
+
+    None keeps all.
+    """
     if rivals is None:
         return case
     wanted = {"fastvid", "eager", *rivals}
@@ -351,12 +355,19 @@ def _tensors(result: Any) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else list(result)
 
 
-def _peaks(thunk: Thunk) -> Row:
-    """MiB that the allocator holds at the peak of a call: in all, and beyond what was there."""
+def _peaks(bind: Callable[..., Thunk], inputs: tuple[Tensor, ...]) -> Row:
+    """MiB of a rival's own: inputs, what its backward keeps and a call; the call's alone.
+
+    What the other rivals and sets of inputs hold meanwhile is not counted.
+    """
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
+    thunk = bind(*inputs)
+    torch.cuda.synchronize()
+    bound = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     thunk()
     torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated()
-    return {"peak_mib": peak / 2**20, "extra_mib": (peak - before) / 2**20}
+    extra = torch.cuda.max_memory_allocated() - bound
+    own = sum(tensor.nbytes for tensor in inputs) + bound - before
+    return {"peak_mib": (own + extra) / 2**20, "extra_mib": extra / 2**20}

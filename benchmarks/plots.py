@@ -147,7 +147,11 @@ def scaling(rows: list[Row], axis: str) -> Figure | None:
 
 
 def history(rows: list[Row]) -> Figure | None:
-    """Our time over the commits, each case over its first measurement."""
+    """Our time over the commits, each case over its first measurement.
+
+    Args:
+        rows: the oldest first.
+    """
     times: dict[str, dict[str, float]] = defaultdict(dict)
     for row in rows:
         if row["rival"] == "fastvid" and "p50_ms" in row and row.get("commit"):
@@ -155,7 +159,8 @@ def history(rows: list[Row]) -> Figure | None:
     times = {case: found for case, found in times.items() if len(found) > 1}
     if not times:
         return None
-    commits = list(dict.fromkeys(commit for found in times.values() for commit in found))
+    drawn = {commit for found in times.values() for commit in found}
+    commits = [c for c in dict.fromkeys(row.get("commit") for row in rows) if c in drawn]
     figure, axes = _figure(7.0, 3.5)
     for (case, found), marker in zip(times.items(), itertools.cycle(MARKERS), strict=False):
         first = next(iter(found.values()))

@@ -47,8 +47,8 @@ def main(argv: list[str]) -> int:
         "--save", action="store_true", help="renew the rows of these cases in benchmarks/results"
     )
     arguments = parser.parse_args(argv)
-    if arguments.save and arguments.quick:
-        parser.error("--save keeps line-ups of full size: without --quick")
+    if arguments.save and (arguments.quick or arguments.rival):
+        parser.error("--save keeps whole line-ups of full size: without --quick and --rival")
     with machine.pinned(arguments.threads):
         return _run(arguments, torch.device(arguments.device))
 
@@ -64,8 +64,12 @@ def _run(arguments: argparse.Namespace, device: torch.device) -> int:
     print(", ".join(f"{name} {value:.4g}" for name, value in ceilings.items()))
     seconds, sets = (arguments.seconds / 10, 4) if quick else (arguments.seconds, 128)
     good, found = True, 0
-    for room in arguments.room or rooms():
-        every = cases(room, device, quick)
+    chosen = {room: cases(room, device, quick) for room in arguments.room or rooms()}
+    known = {name for every in chosen.values() for c in every for name in (*c.rivals, *c.missing)}
+    if unknown := sorted(set(arguments.rival or ()) - known):
+        print(f"no rival {unknown[0]!r} here; known: {', '.join(sorted(known))}")
+        return 1
+    for room, every in chosen.items():
         for case in every:
             if not is_wanted(case, arguments.name, arguments.shape, arguments.dtype):
                 continue

@@ -284,6 +284,11 @@ def test_without_an_nvcc_of_torch_the_cpp_alone_is_built(extension, cuda, nvcc):
     assert "nvcc" not in built["flags"]
 
 
+@pytest.mark.parametrize("lacking", [{"CXX": "no-such-compiler"}, {"FASTVID_CSRC": "0"}])
+def test_without_a_compiler_the_package_is_python_alone(lacking):
+    assert python(EXTENSION, "", "", cwd=ROOT, **lacking) == ""
+
+
 def test_compiled_sources_have_objects_of_their_own():
     """Setuptools names an object after its source without the suffix: `a.cpp` and `a.cu` clash."""
     objects = [path.with_suffix("") for path in ROOT.glob("csrc/*/*") if path.suffix[:2] == ".c"]

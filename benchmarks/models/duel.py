@@ -77,12 +77,15 @@ class Contender:
 
 
 def serve(
-    prepare: Callable[[], tuple[Callable[[], Any], Callable[[Any], None]]], device: torch.device
+    prepare: Callable[[], tuple[Callable[[], Any], Callable[[Any], None]]],
+    device: torch.device,
+    once: bool = False,
 ) -> None:
     """The other side: make the thunk, time its first call, keep the result, then obey.
 
     Args:
         prepare: gives the thunk and what keeps the result of its first call.
+        once: only that result is wanted.
     """
     answers, sys.stdout = sys.stdout, sys.stderr  # stray prints must not look like answers
 
@@ -94,6 +97,9 @@ def serve(
     results: list[Any] = []
     first = _timed(lambda: results.append(thunk()), device)["wall_s"]
     keep(results.pop())
+    if once:
+        answer({"first_call_s": first})
+        return
     del keep
     gc.collect()
     _give_back_memory()

@@ -18,6 +18,12 @@ TRITON_OF_TORCH = {  # from the requirements of PyTorch's own CUDA wheels
     "2.14": "3.8",
     "2.15": "3.9",
 }
+COMPILED_AS = {  # ops that another's compiled kernel serves too
+    "gated_residual_norm_modulate": "norm_modulate",
+    "gated_residual_norm_modulate_backward": "norm_modulate_backward",
+    "guided_step_into": "guided_step",
+}
+PLAIN_ON_GPU = {"gated_residual"}  # one pass of PyTorch already
 
 
 def main(argv: Sequence[str]) -> int:
@@ -163,8 +169,10 @@ def ops(broken):
         if not qualified.startswith("fastvid::"):
             continue
         name = qualified.removeprefix("fastvid::")
-        compiled = native.loaded() and hasattr(torch.ops.fastvid_cpp, name)
+        kernel = COMPILED_AS.get(name, name)
+        compiled = native.loaded() and hasattr(torch.ops.fastvid_cpp, kernel)
         paths = [f"CPU: {'C++, PyTorch for the rest' if compiled else 'PyTorch'}"]
         if gpu:
-            paths.append(f"GPU: {'Triton' if has_kernel(qualified, 'CUDA') else 'none'}")
+            path = "PyTorch" if name in PLAIN_ON_GPU else "Triton"
+            paths.append(f"GPU: {path if has_kernel(qualified, 'CUDA') else 'none'}")
         yield name, "; ".join(paths)

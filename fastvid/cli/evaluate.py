@@ -28,6 +28,7 @@ def main(argv: Sequence[str]) -> int:
     from fastvid.training.families import family_of
     from fastvid.training.runs import load_run
     from fastvid.training.sample import frames_at_once
+    from fastvid.training.timeline import latent_frames
 
     if argv and argv[0] == "vidim":
         from fastvid.cli import _vidim
@@ -38,8 +39,9 @@ def main(argv: Sequence[str]) -> int:
     metrics, fvd = _metrics(options, device)  # first: a missing file should not cost a sampling
     model, config, codec = load_run(options.run)
     family, frames = family_of(config), options.frames or config.data.frames
+    latents = latent_frames(frames, codec.time_factor, "--frames")
     model, codec = model.to(device), codec.to(device)
-    model = family.sampling(model, options.task, frames, one_pass=False)
+    model = family.sampling(model, options.task, latents, one_pass=False)
     sampler_of, spacing = family.sampler_of(model, codec, config)
     clips = _clips(options, config, codec)
     task, given = pick_task(config, options.task, options.given)
@@ -52,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
             clips,
             task=task,
             given=given,
-            window=frames_at_once(model, frames),
+            window=frames_at_once(model, latents),
             prediction=config.diffusion.prediction,
             steps=options.steps,
             samples=options.samples,

@@ -33,6 +33,7 @@ def main(argv: Sequence[str]) -> int:
     from fastvid.training.families import family_of
     from fastvid.training.runs import load_run
     from fastvid.training.sample import laid_out, sample_task
+    from fastvid.training.timeline import latent_frames
 
     options = _parser().parse_args(argv)
     _check(options)
@@ -40,14 +41,15 @@ def main(argv: Sequence[str]) -> int:
     device = pick_device(options.device)
     model, codec = model.to(device), codec.to(device)
     frames = options.frames or config.data.frames
+    latents = latent_frames(frames, codec.time_factor, "--frames")
     family = family_of(config)
-    model = family.sampling(model, options.task, frames, one_pass=options.one_pass)
+    model = family.sampling(model, options.task, latents, one_pass=options.one_pass)
     sampler_of, spacing = family.sampler_of(model, codec, config, guidance=options.guidance)
     task, given = pick_task(config, options.task, options.given)
-    known = _known(options, config, codec, task, given, frames)
+    known = _known(options, config, codec, task, given, latents)
     size = config.data.size[0] // codec.factor, config.data.size[1] // codec.factor
 
-    clips = _clips(options, config, task, known, frames)
+    clips = _clips(options, config, codec, task, known, frames)
     jobs = [(clip, seed) for clip in clips for seed in _seeds(options)]
     batches = [jobs[i : i + options.batch] for i in range(0, len(jobs), options.batch)]
     out = Path(options.out or Path(options.run) / "samples")
@@ -60,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
             places = [seed - options.seed for _, seed in jobs_together]
             there = known[places]
             video = [
-                laid_out(task, clip.video[None], there[i : i + 1])[0]
+                laid_out(task, clip.video[None], there[i : i + 1], codec.time_factor)[0]
                 for i, (clip, _) in enumerate(jobs_together)
                 if clip.video is not None
             ]
@@ -174,7 +176,7 @@ def _known(
     given: int | None,
     frames: int,
 ) -> Tensor:
-    """What is given of the clip of each seed, bool (seeds, T) or (seeds, T, h, w)."""
+    """What is given of `frames` latent frames, by seed: bool (seeds, T) or (seeds, T, h, w)."""
     from fastvid.training.sample import draw_known
 
     if options.known is None:
@@ -190,7 +192,12 @@ def _known(
 
 
 def _clips(
-    options: argparse.Namespace, config: "TrainConfig", task: str, known: Tensor, frames: int
+    options: argparse.Namespace,
+    config: "TrainConfig",
+    codec: "Codec",
+    task: str,
+    known: Tensor,
+    frames: int,
 ) -> list[Clip]:
     """The inputs at the run's size, each as long as the task needs or longer."""
     from fastvid.training.sample import needed_frames
@@ -202,7 +209,8 @@ def _clips(
     clips = []
     for number, path in enumerate(map(Path, options.input)):
         video, fps = _read(path, options.start, frames, stride, config)
-        if video.shape[1] < (needed := needed_frames(task, known, video.shape[1])):
+        needed = needed_frames(task, known, video.shape[1], codec.time_factor)
+        if video.shape[1] < needed:
             raise ValueError(
                 f"{path} is too short: {options.task} needs {needed} frames from frame "
                 f"{options.start} on, one in {stride}, and it has {video.shape[1]}"

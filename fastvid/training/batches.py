@@ -16,6 +16,7 @@ from fastvid.training.codec import Codec, shrink
 from fastvid.training.config import DataConfig, TrainConfig
 from fastvid.training.distributed import World
 from fastvid.training.draws import generator
+from fastvid.training.timeline import latent_frames
 
 log = logging.getLogger(__name__)
 
@@ -184,7 +185,8 @@ def _latents(data: DataConfig, codec: Codec) -> tuple[Dataset, Dataset | None]:
     train = LatentDataset(data.train, codec=codec.identity)
     held = LatentDataset(data.validation, codec=codec.identity) if data.validation else None
     C, T, H, W = train[0]["latents"].shape
-    wanted = (codec.channels, data.frames, *(side // codec.factor for side in data.size))
+    frames = latent_frames(data.frames, codec.time_factor, "data.frames")
+    wanted = (codec.channels, frames, *(side // codec.factor for side in data.size))
     if wanted != (C, T, H, W):
         raise ValueError(f"data.train holds latents (C, T, H, W) = {(C, T, H, W)}, needs {wanted}")
     return train, held

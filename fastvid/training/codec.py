@@ -12,7 +12,22 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from fastvid.diffusion.pyramid import (
+    MINIFLUX_SCALE,
+    SD3_SCALE,
+    LatentScale,
+    denormalize_latents,
+    normalize_latents,
+)
+from fastvid.models.autoencoder import FACTOR, CausalVideoVAE
+from fastvid.modules.hub import CONFIG, WEIGHTS
 from fastvid.training.config import CodecConfig
+
+STATISTICS = {
+    "miniflux": MINIFLUX_SCALE,
+    "sd3": SD3_SCALE,
+    "none": LatentScale(0.0, 1.0, 0.0, 1.0),
+}
 
 
 class Codec(Protocol):
@@ -20,6 +35,7 @@ class Codec(Protocol):
 
     channels: int  # of the latents
     factor: int  # pixels per latent cell, along height and width
+    time_factor: int  # frames per latent frame after the first, which holds one
     identity: dict[str, Any]  # what a cache of latents must have been made with
 
     def to(self, device: torch.device | str) -> Codec: ...
@@ -31,6 +47,8 @@ class Codec(Protocol):
 
 class PixelCodec:
     """Every `factor x factor` patch of pixels becomes one cell. `decode` is the exact inverse."""
+
+    time_factor = 1
 
     def __init__(self, factor: int = 4):
         if factor < 1:
@@ -76,6 +94,8 @@ class DiffusersCodec:
         RuntimeError: diffusers is not installed.
     """
 
+    time_factor = 1
+
     def __init__(
         self,
         path: str | Path,
@@ -85,8 +105,7 @@ class DiffusersCodec:
         chunk: int = 16,
         posterior: str = "sample",
     ):
-        if posterior not in ("sample", "mode"):
-            raise ValueError(f"posterior must be 'sample' or 'mode', got {posterior!r}")
+        _expect_posterior(posterior)
         if chunk < 1:
             raise ValueError(f"chunk must be at least 1 frame, got {chunk}")
         self.vae = _load_autoencoder(Path(path))
@@ -116,21 +135,14 @@ class DiffusersCodec:
         of its place in the batch, of `chunk` and of the device.
         """
         _expect_video(video, self.factor)
-        if generators is not None and len(generators) != len(video):
-            raise ValueError(
-                f"generators must be one per sample, B={len(video)}, got {len(generators)}"
-            )
+        _expect_generators(generators, len(video))
         frames = rearrange(video, "b c t h w -> (b t) c h w").to(self.vae.dtype)
         moments = self._in_chunks(self._moments, frames)
         mean, log_variance = rearrange(
             moments, "(b t) (two c) h w -> two b c t h w", b=len(video), two=2
         )
         if self.posterior == "sample":
-            if generators is None:
-                noise = torch.randn_like(mean)
-            else:
-                noise = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators])
-            mean = mean + (0.5 * log_variance).exp() * noise.to(mean)
+            mean = _draw(mean, log_variance, generators)
         return ((mean - self.shift) * self.scale).to(video.dtype)
 
     @torch.no_grad()
@@ -149,10 +161,90 @@ class DiffusersCodec:
         return torch.cat([function(part) for part in frames.split(self.chunk)])
 
 
+class CausalVideoCodec:
+    """A `CausalVideoVAE`: 1 + 8 n frames become 1 + n latent frames, normalised.
+
+    Args:
+        path: local folder, ours of `save_pretrained` or with official weights; or an official file
+            of weights.
+        scale: the statistics that latents are normalised by: of images for a clip's first latent
+            frame, of video for the later ones.
+        chunk: frames coded at a time, a multiple of 8, or None for as many as memory has room for;
+            bounds memory whatever the clip's length, changes no result beyond rounding.
+        tile: side of a tile in pixels, a multiple of 32; None takes whole frames. Tiles are blended
+            where they overlap: close to the whole frame's result, not equal.
+        posterior: "sample" draws from the posterior, "mode" takes its mean.
+    Raises:
+        ValueError: `path` holds no such autoencoder, or an argument is not as above.
+    """
+
+    factor = time_factor = FACTOR
+
+    def __init__(
+        self,
+        path: str | Path,
+        scale: LatentScale = MINIFLUX_SCALE,
+        *,
+        chunk: int | None = 16,
+        tile: int | None = None,
+        posterior: str = "sample",
+    ):
+        _expect_posterior(posterior)
+        if chunk is not None and (chunk < FACTOR or chunk % FACTOR):
+            raise ValueError(f"chunk must be a positive multiple of {FACTOR} frames, got {chunk}")
+        if tile is not None and (tile < 32 or tile % 32):
+            raise ValueError(f"tile must be a multiple of 32 pixels, got {tile}")
+        self.vae = _load_causal_vae(Path(path))
+        self.scale, self.chunk, self.tile, self.posterior = scale, chunk, tile, posterior
+        self.channels = self.vae.config.channels
+        self.identity = {
+            "kind": "causal-video",
+            **scale._asdict(),
+            "tile": tile,
+            "posterior": posterior,
+            "weights": _weights_digest(self.vae),
+        }
+
+    def to(self, device: torch.device | str) -> CausalVideoCodec:
+        self.vae.to(device)
+        return self
+
+    @torch.no_grad()
+    def encode(
+        self, video: Tensor, *, generators: Sequence[torch.Generator] | None = None
+    ) -> Tensor:
+        """(B, 3, 1 + 8n, H, W) in [-1, 1] -> (B, C, 1 + n, H / 8, W / 8).
+
+        `generators` as `DiffusersCodec.encode` takes them.
+        """
+        _expect_video(video, self.factor)
+        _expect_generators(generators, len(video))
+        latents, log_variance = self.vae.encode(video, frames=self.chunk, tile=self.tile)
+        if self.posterior == "sample":
+            latents = _draw(latents, log_variance, generators)
+        return normalize_latents(latents.to(video.dtype), self.scale)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, C, 1 + n, h, w) -> (B, 3, 1 + 8n, 8h, 8w), not clamped."""
+        _expect_latents(latents, self.channels)
+        found = denormalize_latents(latents, self.scale)
+        video = self.vae.decode(found, frames=self.chunk and self.chunk // FACTOR, tile=self.tile)
+        return video.to(latents.dtype)
+
+
 def build_codec(config: CodecConfig) -> Codec:
     """The codec that a config names."""
     if config.kind == "pixel":
         return PixelCodec(config.factor)
+    if config.kind == "causal-video":
+        return CausalVideoCodec(
+            config.path,
+            STATISTICS[config.statistics],
+            chunk=config.chunk or None,
+            tile=config.tile or None,
+            posterior=config.posterior,
+        )
     return DiffusersCodec(
         config.path, config.scale, config.shift, chunk=config.chunk, posterior=config.posterior
     )
@@ -187,12 +279,45 @@ def _load_autoencoder(path: Path) -> Any:
     return vae.eval().requires_grad_(False)
 
 
+def _load_causal_vae(path: Path) -> CausalVideoVAE:
+    if not path.exists():
+        raise ValueError(f"codec path must be the local folder of a CausalVideoVAE: {path}")
+    ours = (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
+    load = CausalVideoVAE.from_pretrained if ours else CausalVideoVAE.from_official
+    try:
+        vae = load(path)
+    except (FileNotFoundError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds no CausalVideoVAE: {error}") from error
+    return vae.eval().requires_grad_(False)
+
+
+def _draw(
+    mean: Tensor, log_variance: Tensor, generators: Sequence[torch.Generator] | None
+) -> Tensor:
+    """One draw of a posterior; with generators, one per sample, on the CPU."""
+    if generators is None:
+        noise = torch.randn_like(mean)
+    else:
+        noise = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators])
+    return mean + (0.5 * log_variance).exp() * noise.to(mean)
+
+
 def _weights_digest(vae: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(vae.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _expect_posterior(posterior: str) -> None:
+    if posterior not in ("sample", "mode"):
+        raise ValueError(f"posterior must be 'sample' or 'mode', got {posterior!r}")
+
+
+def _expect_generators(generators: Sequence[torch.Generator] | None, samples: int) -> None:
+    if generators is not None and len(generators) != samples:
+        raise ValueError(f"generators must be one per sample, B={samples}, got {len(generators)}")
 
 
 def _expect_video(video: Tensor, factor: int) -> None:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal
 
 from fastvid.data.atomic import whole
 from fastvid.diffusion.tasks import PARTIAL, TASKS
+from fastvid.models.autoencoder import FACTOR
 from fastvid.models.mardini_config import MarDiniConfig
 from fastvid.models.pyramid_flow import PyramidFluxConfig
 from fastvid.models.vdt import VDTConfig
-from fastvid.training.typed import expect_types, positive, typed
-
-T = TypeVar("T")
+from fastvid.training.timeline import latent_frames
+from fastvid.training.typed import expect_types, from_mapping, positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class DataConfig:
     split_seed: int = 0
     """Which files that share takes; run.seed has no say in it."""
     frames: int = 16
-    """Frames per clip."""
+    """Frames per clip; 1 + 8 n with codec.kind causal-video."""
     size: tuple[int, int] = (128, 128)
     """Height and width in pixels."""
     stride: int = 1
@@ -65,26 +65,40 @@ class DataConfig:
 class CodecConfig:
     """How video becomes latents."""
 
-    kind: Literal["pixel", "diffusers"] = "pixel"
-    """Space-to-depth without weights, or an AutoencoderKL from a local folder."""
+    kind: Literal["pixel", "diffusers", "causal-video"] = "pixel"
+    """Space-to-depth without weights, or an autoencoder from a local folder: an AutoencoderKL, a
+    frame at a time, or a CausalVideoVAE, 8 frames to a latent frame."""
     factor: int = 4
     """pixel: pixels per latent cell along height and width."""
     path: str = ""
-    """diffusers: the autoencoder's folder."""
+    """diffusers, causal-video: the autoencoder's folder."""
     scale: float = 0.18215
     """diffusers: latents = (posterior - shift) * scale."""
     shift: float = 0.0
     """diffusers: see scale."""
     chunk: int = 16
-    """diffusers: frames per call of the autoencoder."""
+    """diffusers, causal-video: frames per call of the autoencoder. causal-video takes a multiple
+    of 8, or 0 for as many as memory has room for."""
     posterior: Literal["sample", "mode"] = "sample"
-    """diffusers: draw latents from the posterior or take its mean."""
+    """diffusers, causal-video: draw latents from the posterior or take its mean."""
+    statistics: Literal["miniflux", "sd3", "none"] = "miniflux"
+    """causal-video: whose mean and spread of image and video latents normalise them."""
+    tile: int = 0
+    """causal-video: side in pixels of tiles that are coded one by one; 0 codes whole frames."""
 
     def __post_init__(self):
         expect_types(self, "codec")
-        positive(self, "codec", "factor", "chunk")
-        if self.kind == "diffusers" and not self.path:
-            raise ValueError("codec.path must name a local AutoencoderKL folder")
+        positive(self, "codec", "factor")
+        if self.kind != "pixel" and not self.path:
+            raise ValueError(f"codec.path must name a local folder for {self.kind}")
+        for name in ("chunk", "tile"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"codec.{name} must not be negative, got {getattr(self, name)}")
+
+    @property
+    def time_factor(self) -> int:
+        """Frames per latent frame after the first."""
+        return FACTOR if self.kind == "causal-video" else 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +125,8 @@ class DiffusionConfig:
     """Training mix: task name to weight. Each clip draws its own task. "predict" alone, with
     average "unknown", is the same as training on given frames put before the noisy ones."""
     given: dict[str, int] = field(default_factory=dict)
-    """Number of given frames by task name, where it is not the task's own."""
+    """Number of given frames by task name, where it is not the task's own; of latent frames where
+    the codec joins frames."""
     ref_ratio: tuple[float, float] = (0.0, 0.0)
     """Share of frames that "arbitrary-interpolation" gives, drawn evenly from this interval for
     each clip; at least one is given and one is not. (0, 0) gives each frame one time in five."""
@@ -239,13 +254,20 @@ class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self):
-        if self.data.frames > getattr(self.model, "frames", self.data.frames):
+        frames = self.latent_frames
+        if frames > getattr(self.model, "frames", frames):
+            latent = " latent frames" if frames != self.data.frames else ""
             raise ValueError(
-                f"data.frames must be at most model.frames = {self.model.frames}, "
-                f"got {self.data.frames}"
+                f"data.frames must be at most model.frames = {self.model.frames}{latent}, "
+                f"got {frames}"
             )
         if self.codec.kind == "pixel":
             self.check_latents(3 * self.codec.factor**2, self.codec.factor)
+
+    @property
+    def latent_frames(self) -> int:
+        """Of a clip; refused with a ValueError where the codec makes no whole number of them."""
+        return latent_frames(self.data.frames, self.codec.time_factor, "data.frames")
 
     def check_latents(self, channels: int, factor: int) -> None:
         """Refuse a model that does not fit latents of `channels`, at `factor` pixels per cell."""
@@ -302,6 +324,11 @@ class TrainMarDini(TrainConfig):
             raise ValueError(
                 "data.kind must be clips or frames for mardini, got 'latents': the planner needs "
                 "the same clips made smaller, which `fastvid encode` does not keep"
+            )
+        if self.codec.time_factor > 1:
+            raise ValueError(
+                "codec.kind must be pixel or diffusers for mardini, which plans frame by frame, "
+                f"got {self.codec.kind!r}"
             )
         if self.data.frames < 2:
             raise ValueError(f"data.frames must be at least 2, got {self.data.frames}")
@@ -403,9 +430,9 @@ class TrainPyramid(TrainConfig):
                 f"optim.batch must be a multiple of the {columns} columns of "
                 f"diffusion.sample_ratios x sync_group = {group}, got {self.optim.batch}"
             )
-        if self.diffusion.context >= self.data.frames:
+        if self.diffusion.context >= self.latent_frames:
             raise ValueError(
-                f"diffusion.context must leave one of data.frames = {self.data.frames} to make, "
+                f"diffusion.context must leave one of {self.latent_frames} latent frames to make, "
                 f"got {self.diffusion.context}"
             )
 
@@ -422,11 +449,8 @@ class TrainPyramid(TrainConfig):
             )
 
 
-FAMILIES: dict[str, type[TrainConfig]] = {
-    "vdt": TrainVDT,
-    "mardini": TrainMarDini,
-    "pyramid": TrainPyramid,
-}
+_FAMILIES = (TrainVDT, TrainMarDini, TrainPyramid)
+FAMILIES: dict[str, type[TrainConfig]] = {kind.family: kind for kind in _FAMILIES}
 
 
 def write_config(config: TrainConfig, path: Path) -> None:
@@ -466,26 +490,9 @@ def config_from(values: Mapping[str, Any]) -> TrainConfig:
     family = values.get("family", "vdt") if isinstance(values, Mapping) else "vdt"
     if family not in FAMILIES:
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
-    return _from_mapping(FAMILIES[family], values, "")
+    return from_mapping(FAMILIES[family], values)
 
 
 def config_hash(config: TrainConfig) -> str:
     """16 hex digits that change when any value does."""
     return hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _from_mapping(kind: type[T], values: Any, where: str) -> T:
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{where or 'config'} must be a mapping, got {type(values).__name__}")
-    known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
-    if unknown := sorted(map(str, set(values) - known)):
-        raise ValueError(f"unknown key {where}{unknown[0]}; known here: {', '.join(sorted(known))}")
-    types = get_type_hints(kind)
-    return kind(
-        **{
-            name: _from_mapping(types[name], value, f"{where}{name}.")
-            if is_dataclass(types[name])
-            else typed(f"{where}{name}", value, types[name])
-            for name, value in values.items()
-        }
-    )

@@ -32,6 +32,7 @@ from fastvid.training.sample import (
     plan_windows,
     ticker,
 )
+from fastvid.training.timeline import known_in_video, latent_frames
 
 Metric = Callable[[Tensor, Tensor], Tensor]  # (B, 3, T, H, W) pair in [0, 1] -> (B, T)
 
@@ -91,7 +92,7 @@ def evaluate(
 
     Args:
         model: in eval mode, on `device`; called as the samplers do.
-        codec: `encode` and `decode`, on `device`.
+        codec: on `device`. Where it joins frames, `given` and `window` count latent frames.
         schedule: the chain the model was trained on.
         clips: (N, 3, T, H, W) in [-1, 1], or a sequence (a dataset) of clips (3, T, H, W) or of
             mappings with such a "video".
@@ -126,10 +127,14 @@ def evaluate(
     )
 
     first = _video(clips[0])[None].to(device)
-    cells = (first.shape[2], *(side // codec.factor for side in first.shape[3:]))
+    cells = (
+        latent_frames(first.shape[2], codec.time_factor, "frames of clips"),
+        *(side // codec.factor for side in first.shape[3:]),
+    )
     given_cells = [_draw_known(task, cells, given, seed, place) for place in range(len(clips))]
-    every = torch.cat(given_cells)  # (N, T) or (N, T, h, w)
-    counts = ~(every if every.ndim == 2 else every.all(dim=(2, 3)))  # (N, T), frames that count
+    every = torch.cat(given_cells)  # of latents: (N, t) or (N, t, h, w)
+    shown = known_in_video(every, codec.time_factor)  # (N, T) or (N, T, h, w)
+    counts = ~(shown if shown.ndim == 2 else shown.all(dim=(2, 3)))  # (N, T), frames that count
     judged = _judged_by_fvd(counts)
     starts = plan_windows(every, window or cells[0], from_end=task == "backward")
     window = min(window or cells[0], cells[0])
@@ -147,7 +152,7 @@ def evaluate(
             features["target"].append(fvd.features(_frames(target, judged[places])))
 
         latents = codec.encode(video, generators=[generator(seed, "codec", i) for i in places])
-        known = every[places].to(device)
+        known, seen = every[places].to(device), shown[places].to(device)
 
         sampler = (
             sampler_of(video, every[places]) if sampler_of else ddim_sampler(model, prediction)
@@ -166,10 +171,10 @@ def evaluate(
                 rows["one_step_mean"] = to_unit(codec.decode(mean))
             if samples > 1:
                 rows["sample_mean"] = sum(draws, rows["sample"]) / samples
-            rows["copy_nearest"] = copy_nearest(target, known)
-            rows["linear_blend"] = linear_blend(target, known)
+            rows["copy_nearest"] = copy_nearest(target, seen)
+            rows["linear_blend"] = linear_blend(target, seen)
         for row, output in rows.items():
-            output = torch.where(expand_known(known, video), target, output)
+            output = torch.where(expand_known(seen, video), target, output)
             for name, metric in metrics.items():
                 scores[row][name].append(metric(output, target).double().cpu())
             if fvd is not None:

@@ -14,6 +14,7 @@ from fastvid.training.distributed import World
 from fastvid.training.families import family_of
 from fastvid.training.log import writing
 from fastvid.training.sheets import Row, save_contact_sheet
+from fastvid.training.timeline import known_in_video
 from fastvid.training.validate import fixed_clips
 
 _CLIPS, _STEPS = 4, 25  # clips on a sheet, steps of the sampler
@@ -41,8 +42,9 @@ def save_preview(
     if not world.first:
         return
     rows = []
+    given = known_in_video(draws.known.cpu(), codec.time_factor)
     for task, known, filmed, drawn in zip(
-        draws.tasks, draws.known.cpu(), codec.decode(truth), codec.decode(made), strict=True
+        draws.tasks, given, codec.decode(truth), codec.decode(made), strict=True
     ):
         rows += [Row("clip", filmed.cpu()), Row(task, drawn.cpu(), known)]
     title = f"{path.stem}, {len(short)} steps"

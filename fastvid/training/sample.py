@@ -16,6 +16,7 @@ from fastvid.diffusion.tasks import task_known
 from fastvid.models.vdt import VDT
 from fastvid.training.codec import Codec
 from fastvid.training.draws import generator
+from fastvid.training.timeline import known_in_video, latent_frames, video_frames
 
 _BACKWARD, _SLOW, _LOOP = "backward", "slow-motion", "loop"
 
@@ -24,7 +25,7 @@ class Sample(NamedTuple):
     """Clips and what was given of them."""
 
     video: Tensor  # (B, 3, T, H, W) in [-1, 1]
-    known: Tensor  # bool (B, T) or (B, T, h, w) in latent cells, True = given
+    known: Tensor  # bool (B, T) or (B, T, h, w): h and w in latent cells, True = given
 
 
 class Sampler(Protocol):
@@ -82,6 +83,9 @@ def sample_task(
     sees what the earlier ones made. `with_frames` gives a VDT that makes it in one pass instead.
     "slow-motion" makes it level by level instead, see `diffusion.mardini.slow_motion`.
 
+    Where the codec joins frames (`codec.time_factor` above 1), `given`, `known` and `overlap` count
+    latent frames, and the video holds the clip from its first frame on.
+
     Args:
         model: in eval mode.
         schedule: the one of the training; `steps` of it are walked, spaced by `spacing`.
@@ -102,9 +106,12 @@ def sample_task(
             and what is known of it; None is `ddim_sampler`.
         progress: called with (steps done, steps in all) as it goes.
     Raises:
-        ValueError: the clips end before the last given frame, or an argument is not as above.
+        ValueError: the clips end before the last given frame, an argument is not as above, or
+            "loop" or "slow-motion" with a codec that joins frames.
     """
-    T = frames or model.config.frames
+    if codec.time_factor > 1 and task in (_SLOW, _LOOP):
+        raise ValueError(f"task {task!r} needs a codec that codes each frame alone")
+    T = latent_frames(frames, codec.time_factor) if frames else model.config.frames
     device = next(model.parameters()).device
     if video is None:
         H, W = size or (model.config.height, model.config.width)
@@ -115,6 +122,8 @@ def sample_task(
         video = video.to(device)
     if known is None:
         known = draw_known(task, T, H, W, given=given, seeds=seeds)
+    elif known.shape[1] != T:
+        raise ValueError(f"known must be (B or 1, {T}), got {tuple(known.shape)}")
     known = known.expand(len(seeds), *known.shape[1:])
     chain = respace(schedule, steps, spacing=spacing)
     if sampler_of is None:
@@ -163,8 +172,9 @@ def sample_task(
     latents = torch.zeros(len(seeds), codec.channels, T, H, W, device=device)
     if needed := last_given(known):
         if video is not None:
-            video = laid_out(task, video, known)
-        video = _expect_frames(video, needed, task)[:, :, :needed]
+            video = laid_out(task, video, known, codec.time_factor)
+        count = video_frames(needed, codec.time_factor)
+        video = _expect_frames(video, count, task)[:, :, :count]
         latents[:, :, :needed] = encode(video)
     sampler = sampler_of(video, known)
     window = frames_at_once(model, T)
@@ -177,7 +187,8 @@ def sample_task(
         starts,
         window,
     )
-    return Sample(codec.decode(latents).clamp(-1, 1).cpu(), known)
+    made = codec.decode(latents).clamp(-1, 1).cpu()
+    return Sample(made, known_in_video(known, codec.time_factor))
 
 
 def frames_at_once(model: Any, frames: int) -> int:
@@ -185,22 +196,28 @@ def frames_at_once(model: Any, frames: int) -> int:
     return min(frames, getattr(model.config, "frames", frames))
 
 
-def needed_frames(task: str, known: Tensor, have: int) -> int:
-    """How many frames a video must have to give what is known; of one that has `have`."""
+def needed_frames(task: str, known: Tensor, have: int, factor: int = 1) -> int:
+    """How many frames a video must have to give what is known; of one that has `have`.
+
+    Args:
+        factor: the codec's, in time; `known` is of its latents.
+    """
     if task == _LOOP:
         return 1
+    if factor > 1:
+        return video_frames(last_given(known), factor)
     count = int(known.sum(1).max()) if known.ndim == 2 else 0
     return count if task == _SLOW or have == count else last_given(known)
 
 
-def laid_out(task: str, video: Tensor, known: Tensor) -> Tensor:
+def laid_out(task: str, video: Tensor, known: Tensor, factor: int = 1) -> Tensor:
     """The frames of a video where they stand in the clip.
 
     A video (B, 3, T0, H, W) of exactly as many frames as `known` (B, T) gives holds just those, one
-    after another; any other holds the clip's frames from the first. Of "loop" the first frame
-    stands at both ends.
+    after another; any other holds the clip's frames from the first, as does every video for a codec
+    that joins `factor` frames. Of "loop" the first frame stands at both ends.
     """
-    if known.ndim > 2 or task == _SLOW:
+    if known.ndim > 2 or task == _SLOW or factor > 1:
         return video
     if task == _LOOP:
         return video[:, :, :1].expand(-1, -1, known.shape[1], -1, -1)

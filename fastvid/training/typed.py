@@ -1,19 +1,40 @@
-"""Values of a config: each of the type of its annotation, or refused by name."""
+"""Values of a config: what YAML or a shell gives, as the type of the field, or refused by name."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from dataclasses import fields, is_dataclass
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+
+
+def from_mapping(kind: type[T], values: Any, where: str = "") -> T:
+    """The dataclass `kind` of nested mappings; `where` is their place in the whole config."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where or 'config'} must be a mapping, got {type(values).__name__}")
+    known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+    if unknown := sorted(map(str, set(values) - known)):
+        raise ValueError(f"unknown key {where}{unknown[0]}; known here: {', '.join(sorted(known))}")
+    types = get_type_hints(kind)
+    return kind(
+        **{
+            name: from_mapping(types[name], value, f"{where}{name}.")
+            if is_dataclass(types[name])
+            else _typed(f"{where}{name}", value, types[name])
+            for name, value in values.items()
+        }
+    )
 
 
 def expect_types(config: object, part: str) -> None:
     """Give every field the type of its annotation, or refuse it by name."""
     for name, kind in get_type_hints(type(config)).items():
-        object.__setattr__(config, name, typed(f"{part}.{name}", getattr(config, name), kind))
+        object.__setattr__(config, name, _typed(f"{part}.{name}", getattr(config, name), kind))
 
 
-def typed(key: str, value: Any, kind: Any) -> Any:
+def _typed(key: str, value: Any, kind: Any) -> Any:
     """`value` as `kind`: a list as the tuple that YAML cannot write, "1e-4" as the number that YAML
     1.1 takes for a text."""
     of, inner = get_origin(kind), get_args(kind)
@@ -22,12 +43,12 @@ def typed(key: str, value: Any, kind: Any) -> Any:
             return value
         raise ValueError(f"{key} must be one of {', '.join(inner)}, got {value!r}")
     if of is tuple and inner[-1] is Ellipsis and isinstance(value, list | tuple):
-        return tuple(typed(key, item, inner[0]) for item in value)
+        return tuple(_typed(key, item, inner[0]) for item in value)
     if of is tuple and isinstance(value, list | tuple) and len(value) == len(inner):
-        return tuple(typed(key, item, k) for item, k in zip(value, inner, strict=True))
+        return tuple(_typed(key, item, k) for item, k in zip(value, inner, strict=True))
     if of is dict and isinstance(value, Mapping):
         return {
-            typed(key, name, inner[0]): typed(f"{key}.{name}", item, inner[1])
+            _typed(key, name, inner[0]): _typed(f"{key}.{name}", item, inner[1])
             for name, item in value.items()
         }
     if kind is float:
@@ -43,7 +64,7 @@ def typed(key: str, value: Any, kind: Any) -> Any:
 
 
 def positive(config: object, part: str, *names: str) -> None:
-    """Refuse fields that are 0 or less, by name."""
+    """Refuse fields that are not above 0."""
     for name in names:
         if not getattr(config, name) > 0:
             raise ValueError(f"{part}.{name} must be positive, got {getattr(config, name)}")

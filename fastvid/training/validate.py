@@ -18,6 +18,7 @@ from fastvid.training.distributed import World, total
 from fastvid.training.draws import Draws, draw_validation
 from fastvid.training.evaluate import to_unit
 from fastvid.training.families import family_of
+from fastvid.training.timeline import known_in_video
 
 
 @torch.no_grad()
@@ -45,7 +46,7 @@ def validate(
             mean, truth = family.posterior_mean(model, *fixed, schedule, config)
         scores = psnr(to_unit(codec.decode(mean)), to_unit(codec.decode(truth)))  # (B, T)
         draws = fixed.draws
-        generated = ~draws.known.flatten(2).all(2)
+        generated = ~known_in_video(draws.known, codec.time_factor).flatten(2).all(2)
         for i, number in enumerate(mine):
             if number < count:
                 for name, value in (

@@ -93,7 +93,11 @@ def score_vidim(
     Returns:
         `{"rows": {"model": {"ssim", "psnr", ...}, "linear_blend": ...}, "clips", "steps", "seed",
         "size"}`, ready for JSON. A metric that was not given is left out.
+    Raises:
+        ValueError: the codec joins frames, so that no seven stand between two.
     """
+    if codec.time_factor > 1:
+        raise ValueError("VIDIM-Bench needs a codec that codes each frame alone")
     device = next(model.parameters()).device
     metrics: dict[str, Metric] = {"ssim": ssim, "psnr": psnr}
     if lpips is not None:

@@ -88,6 +88,8 @@ def sample_seeds(seed: int | Tensor, batch: int, device: torch.device) -> Tensor
 
 
 def expect_stream(stream: int) -> None:
-    """Raise ValueError unless `stream` fits in the counter's word."""
+    """Raise TypeError or ValueError unless `stream` is an int that fits in the counter's word."""
+    if isinstance(stream, bool) or not isinstance(stream, int | torch.SymInt):
+        raise TypeError(f"stream must be an int, got {type(stream).__name__}")
     if not 0 <= stream <= _WORD:
         raise ValueError(f"stream must be in [0, 2**32), got {stream}")

@@ -150,6 +150,13 @@ def guided_step(
         _expect_like("noise", noise, x, sizes)
     seeds = None if seed is None else philox.sample_seeds(seed, sizes["B"], x.device)
     philox.expect_stream(stream)
+    if out is not None:
+        _expect_like("out", out, x, sizes)
+        if out.dtype != x.dtype or not out.is_contiguous():
+            raise ValueError(
+                f"out must be contiguous and {x.dtype} like x,"
+                f" got {out.dtype} with strides {out.stride()}"
+            )
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, prediction, clean, noise, out)
     ):
@@ -163,9 +170,6 @@ def guided_step(
     )  # fmt: skip
     if out is None:
         return _guided_step(*arguments)
-    _expect_like("out", out, x, sizes)
-    if out.dtype != x.dtype or not out.is_contiguous():
-        raise ValueError(f"out must be contiguous and {x.dtype} like x, got {out.dtype}")
     _guided_step_into(*arguments, out)
     if not torch.compiler.is_compiling():  # a compiled graph sees the write in the op's schema
         torch.autograd.graph.increment_version(out)

@@ -210,6 +210,10 @@ def noising(
     if known_level is not None:
         if known is None:
             raise ValueError("known must be given with known_level, got None")
+        if not isinstance(known_level, tuple | list) or len(known_level) != 2:
+            raise TypeError(
+                f"known_level must be a pair (alpha, sigma), got {type(known_level).__name__}"
+            )
         names = "known_level[0]", "known_level[1]"
         known_alpha, known_sigma = _levels(
             names[0], known_level[0], names[1], known_level[1], x0, sizes

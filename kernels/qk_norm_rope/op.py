@@ -155,9 +155,9 @@ def qk_norm_rope(
     affine = {"q_weight": q_weight, "k_weight": k_weight, "q_bias": q_bias, "k_bias": k_bias}
     for name, row in affine.items():
         if row is not None:
+            expect_shape(name, row, "width" if across_heads else "E", sizes)
             if norm is None:
                 raise ValueError(f"{name} must be None without a norm, got {tuple(row.shape)}")
-            expect_shape(name, row, "width" if across_heads else "E", sizes)
             expect_float(name, row)
             expect_device(name, row, "q", q)
     turn: tuple = (None, None, None, (), True)

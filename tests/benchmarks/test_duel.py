@@ -1,5 +1,6 @@
 """Two contenders in turn, on a clock and with processes of the test's making."""
 
+import io
 import stat
 import time
 
@@ -82,6 +83,17 @@ def test_a_contender_that_does_not_answer_is_ended(tmp_path, monkeypatch):
         duel.Contender("module", {}, end=start + 0.2)
     assert time.monotonic() - start < 30
     assert began[0].poll() is not None
+
+
+@pytest.mark.parametrize(("once", "calls"), [(True, 1), (False, 2)])
+def test_a_contender_whose_result_alone_is_wanted_is_called_once(monkeypatch, once, calls):
+    answers, called, kept = io.StringIO(), [], []
+    monkeypatch.setattr(duel.sys, "stdout", answers)
+    monkeypatch.setattr(duel.sys, "stdin", io.StringIO("finish\n"))
+    duel.serve(lambda: (lambda: called.append(1), kept.append), torch.device("cpu"), once)
+    assert len(called) == calls
+    assert len(kept) == 1
+    assert "first_call_s" in answers.getvalue().splitlines()[0]
 
 
 def test_a_row_of_a_model_keeps_to_its_seconds(monkeypatch):

@@ -77,7 +77,10 @@ def test_tests_that_failed_are_run_again(short, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "_tests", lambda log, seconds: failing)
     assert gpu.main(arguments) == 1
     monkeypatch.setattr(gpu, "_tests", passing)
+    assert gpu.main([*arguments, "--keep-failed"]) == 1  # as after a device that died
+    assert short == ["model"]
     assert gpu.main(arguments) == 0
+    assert short == ["model", "tests"]
 
 
 def test_what_failed_or_was_skipped_is_tried_once_more_after_the_rest(short, tmp_path, monkeypatch):

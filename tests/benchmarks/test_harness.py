@@ -148,6 +148,27 @@ def test_what_cannot_be_captured_is_compared_by_calls_on_both_sides(monkeypatch,
     assert found["flex"]["ratio_p50"] == pytest.approx(4)
 
 
+def test_the_peak_on_a_gpu_is_that_of_the_rival_whoever_else_holds_memory(monkeypatch):
+    MiB = 2**20
+    now, peak = [1000 * MiB], [5000 * MiB]  # other rivals were here before
+
+    def allocate(size):
+        now[0] += size * MiB
+        peak[0] = max(peak[0], now[0])
+
+    def bind(x):
+        allocate(7)  # what forward needs and gives back before backward is timed
+        allocate(-4)
+        return lambda: allocate(5) or allocate(-5)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak[0])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: peak.__setitem__(0, now[0]))
+    found = harness._peaks(bind, (torch.ones(MiB // 4),))
+    assert found == {"peak_mib": 1 + 3 + 5, "extra_mib": 5}
+
+
 def test_ratios_are_of_pairs(clock):
     """Both are slow in the same calls, so the ratio does not move."""
     ours, theirs = iter([1, 5] * 10_000), iter([2, 10] * 10_000)

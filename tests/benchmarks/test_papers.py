@@ -214,6 +214,23 @@ def test_seconds_without_a_ceiling_of_the_same_run_stay_out():
     assert _ours({k: v for k, v in _row().items() if not k.startswith("matmul")}) == ()
 
 
+def test_small_videos_of_mardini_have_lines_of_their_own_that_say_so():
+    case = "mardini/sample tiny/T asymmetric frames=13 side=128 batch=1 float32 25 steps"
+    row = _row(case=case, room="mardini", job="sample", size="tiny", tokens=3328, flops=10**10)
+    published = len(tables.PUBLISHED["mardini"])
+    lines = tables.mardini([row, row | {"rival": "eager"}, row | {"threads": 1}]).lines
+    (line,) = lines[published:]
+    assert line.name == case.removeprefix("mardini/")
+    assert (line.note, line.tokens, line.tflop) == ("reduced size", 3328, 0.01)
+    assert line.seconds is line.estimate_gb is line.moved_gb is None
+    assert [text.partition(" (")[0] for text in line.ours] == [
+        "0.5 s, 20 % of its matmul, 1.1 GB"
+    ] * 2
+    assert not any(line.ours != (tables.NOT_MEASURED,) for line in lines[:published])
+    for changes in ({"match": False}, {"size": "L"}, {"job": "forward"}):
+        assert not tables._reduced_mardini([row | changes])
+
+
 def test_a_result_of_a_model_at_reduced_depth_says_so():
     (text,) = _ours(_row(quick=True))
     assert "reduced depth" in text

@@ -132,6 +132,16 @@ def test_the_history_is_relative_to_the_first_commit(found):
     assert list(axes.lines[0].get_ydata()) == [1.0, 0.75]
 
 
+def test_the_history_goes_from_the_oldest_commit_to_the_newest():
+    """Also where the first case was not measured at every one of them."""
+    measured = [("a", "aa"), ("b", "aa"), ("b", "bb"), ("a", "cc"), ("b", "cc")]
+    axes = plots.history(
+        [_kernel("fastvid", 1.0, commit=commit, case=f"room/{case}") for case, commit in measured]
+    ).axes[0]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["aa", "bb", "cc"]
+    assert [list(line.get_xdata()) for line in axes.lines[:2]] == [[0, 2], [0, 1, 2]]
+
+
 def test_no_picture_needs_colour(found):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 

@@ -52,9 +52,12 @@ def test_kernels_renew_the_results_of_this_machine(tmp_path, monkeypatch, capsys
         ]
 
 
-def test_tiny_sizes_are_not_kept():
+@pytest.mark.parametrize("part", [["--quick"], ["--rival", "compile"]])
+def test_tiny_sizes_and_parts_of_a_line_up_are_not_kept(part, monkeypatch):
+    """The rivals that were left out would lose their rows."""
+    monkeypatch.setattr(run, "_run", lambda *_: pytest.fail("measured"))
     with pytest.raises(SystemExit):
-        run.main(["--save", "--quick"])
+        run.main(["--save", *part])
 
 
 def explained(row):

@@ -116,3 +116,8 @@ def test_pytest_writes_and_compares_results(tmp_path):
     done = subprocess.run(again, capture_output=True, text=True, cwd=ROOT, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "(0001_first)" in done.stdout
+
+
+def test_a_rival_that_no_case_has_is_named(capsys):
+    assert run.main(["--quick", "--device", "cpu", "--room", "modulate", "--rival", "typo"]) == 1
+    assert "no rival 'typo' here; known: " in capsys.readouterr().out

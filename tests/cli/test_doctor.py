@@ -1,8 +1,12 @@
+import logging
+
 import pytest
+import torch
 
 from fastvid import cli
 from fastvid.cli import doctor
-from fastvid.kernels._shared import native
+from fastvid.functional import gated_residual_norm_modulate, guided_step
+from fastvid.kernels._shared import native, paths
 
 
 @pytest.fixture
@@ -29,6 +33,32 @@ def test_long_names_keep_their_column(capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert f"  {name}  CPU: b" in lines
     assert f"  {'short':42}CPU: a" in lines
+
+
+def test_ops_are_said_to_take_the_paths_that_they_log(caplog):
+    """Of ops whose compiled kernel has the name of another."""
+    if not native.loaded():
+        pytest.skip(f"no compiled library: {native.failure()}")
+    paths.announce.cache_clear()
+    x, row = torch.ones(1, 2, 8, requires_grad=True), torch.ones(1, 8)
+    state = torch.ones(1, 1, 1, 2, 2)
+    with caplog.at_level(logging.DEBUG, "fastvid.kernels"):
+        total, y = gated_residual_norm_modulate(x, x, row, row, row)
+        (total + y).sum().backward()
+        guided_step(state, state, torch.ones(1, 5), torch.tensor(0), out=state)
+    logged = dict(record.getMessage().split(": ") for record in caplog.records)
+    logged["guided_step_into"] = logged.pop("guided_step")
+    said = dict(doctor.ops([]))
+    assert len(logged) == 3
+    for op, path in logged.items():
+        assert said[op].startswith(f"CPU: {path}"), op
+
+
+def test_an_op_that_is_pytorch_on_a_gpu_is_not_said_to_be_triton(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    said = dict(doctor.ops([]))
+    assert said["gated_residual"].endswith("GPU: PyTorch")
+    assert said["gated_residual_backward"].endswith("GPU: Triton")
 
 
 def test_absent_library_comes_with_the_command_that_builds_it(library, capsys):

@@ -341,6 +341,7 @@ K = torch.zeros(2, 4, dtype=torch.bool)
         ((X, X, T, AT), {"noise": X, "seed": 1}, ValueError, "noise or seed may be given, not"),
         ((X, X, T, AT), {"seed": 1.0}, TypeError, "seed must be an int or an int64 Tensor"),
         ((X, X, T, AT), {"seed": 1, "stream": -1}, ValueError, "stream must be in"),
+        ((X, X, T, AT), {"out": 3}, TypeError, "out must be a Tensor, got int"),
         ((X, X, T, AT), {"out": X.half()}, ValueError, "out must be contiguous and torch.float32"),
         ((X, X, T, AT), {"out": X.mT}, ValueError, "out must be contiguous and torch.float32"),
         ((X, X, T.to("meta"), AT), {}, ValueError, "table must be on the device of x, cpu"),

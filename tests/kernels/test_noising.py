@@ -376,6 +376,7 @@ K = torch.zeros(2, 4, dtype=torch.bool)
         ((X, A, A), {"known": K.float()}, TypeError, "known must be a bool Tensor.*got"),
         ((X, A, A), {"known": K[:, :3]}, ValueError, r"known must be .*T=4 H=5 W=5, got \(2, 3\)"),
         ((X, A, A), {"known_level": (A, A)}, ValueError, "known must be given with known_level"),
+        ((X, A, A), {"known": K, "known_level": A}, TypeError, "known_level must be a pair"),
         ((X, A, A), {"known": K, "known_level": (A, A[:1])}, ValueError, r"known_level\[0\] and"),
         ((X, A, A), {"target": "noise"}, ValueError, "target must be eps, v, flow or x0, got"),
     ],

@@ -174,6 +174,12 @@ def test_refuses_a_stream(stream):
         philox.expect_stream(stream)
 
 
+@pytest.mark.parametrize("stream", [None, 1.0, True, torch.tensor(1)])
+def test_refuses_a_stream_that_is_no_int(stream):
+    with pytest.raises(TypeError, match="stream must be an int, got"):
+        philox.expect_stream(stream)
+
+
 def test_compiles_to_the_same_noise():
     torch._dynamo.reset()
     seed = torch.tensor([3, 4])

@@ -239,7 +239,7 @@ def test_weights_come_from_a_run_or_official_ones(config, awake, tmp_path):
         ({"gamma": 0.5}, r"diffusion\.gamma must be in \(0, 1/3\]"),
         ({"corrupt": 1.5}, r"diffusion\.corrupt must be in \[0, 1\]"),
         ({"context": -1}, r"diffusion\.context must not be negative"),
-        ({"context": 4}, r"diffusion\.context must leave one of data\.frames = 4"),
+        ({"context": 4}, r"diffusion\.context must leave one of 4 latent frames"),
         ({"size": (16, 24)}, r"data\.size must be multiples of 16 pixels"),
         ({"model": replace(MODEL, channels=3)}, r"model\.channels must be the codec's 12, got 3"),
         ({"skip_loss": -1.0}, r"optim\.skip_loss must not be negative"),
