@@ -239,10 +239,7 @@ def matches(rows: list[Row]) -> bool:
 
 
 def select(case: Case, rivals: list[str] | None) -> Case:
-    """The case with fastvid, eager (which sets the tolerance) and those of these rivals that it has.
-
-    None keeps all.
-    """
+    """The case with fastvid, eager (which sets the tolerance) and such of these rivals; or all."""
     if rivals is None:
         return case
     wanted = {"fastvid", "eager", *rivals}
