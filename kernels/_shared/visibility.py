@@ -52,7 +52,8 @@ class FrameLayout:
             self.host = tuple(tuple(row) for row in table.tolist())
             if any(length < 0 for row in self.host for length in row):
                 raise ValueError(f"lengths must be >= 0, got {self.host}")
-        self.lengths = table.to(device=device, dtype=torch.int32)  # (B or 1, F)
+        # Copied, as every table below: what the caller writes later must not change it.
+        self.lengths = table.to(device=device, dtype=torch.int32, copy=True)  # (B or 1, F)
         self.offsets = pad(self.lengths.cumsum(-1, dtype=torch.int32), (1, 0))  # (B or 1, F + 1)
 
     @property
@@ -123,7 +124,7 @@ class Visibility:
         if key_lengths is not None:
             valid = torch.as_tensor(key_lengths, device=queries.device)
             _check_whole("key_lengths", valid)
-            self.key_lengths = _sized("key_lengths", valid, shape[1:]).to(torch.int32)
+            self.key_lengths = _sized("key_lengths", valid, shape[1:]).to(torch.int32, copy=True)
         tables = (
             self.table, queries.offsets, self.keys.offsets, self.self_only, self.key_lengths
         )  # fmt: skip
@@ -404,7 +405,7 @@ def _boolean(
     table = torch.as_tensor(value, device=device)
     if table.dtype != torch.bool:
         raise TypeError(f"{name} must be boolean, got {table.dtype}")
-    return _sized(name, table, shape)
+    return _sized(name, table, shape).clone()
 
 
 _TABLES = ("table", "self_only", "key_lengths", "rows", "row_spans", "columns", "column_spans")

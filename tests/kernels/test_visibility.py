@@ -35,6 +35,23 @@ def test_op_registration():
     torch.library.opcheck(intervals.build, (table, ends, ends, alone, valid))
 
 
+def test_what_the_caller_writes_later_changes_nothing():
+    lengths = torch.tensor([2, 3, 1], dtype=torch.int32)
+    table, known = torch.ones(3, 3, dtype=torch.bool), torch.zeros(3, dtype=torch.bool)
+    valid = torch.tensor([[2, 1, 1]], dtype=torch.int32)
+    layout = FrameLayout(lengths)
+    made = [
+        Visibility(table, layout, key_lengths=valid),
+        Visibility.identity(layout, known),
+        Visibility.identity(layout, known, rows="self_frame"),
+    ]
+    before = [(each.dense(6, 6), each.visible_share()) for each in made]
+    lengths[0], table[0], known[1], valid[0, 0] = 9, False, True, 0
+    for each, (dense, share) in zip(made, before, strict=True):
+        assert each.dense(6, 6).equal(dense)
+        assert each.visible_share() == share
+
+
 # ---- the constructors
 
 
