@@ -202,7 +202,7 @@ def _recipe(
 
 _LARGE = """The paper trained on 256 H100s.
     Expect: no figure has been measured with this recipe; the paper's are of its own data."""
-_SMALL = """Seconds to minutes on two cores, the joint stage most of it.
+_SMALL = """Not timed as a whole; the joint stage is most of it.
     Expect: every part of the training at work; the model is too small for more than moving blurs.
     """
 

@@ -1,28 +1,18 @@
 """`guided_step` over whatever Hypothesis draws."""
 
-import pytest
 import torch
 
 from fastvid.functional import guided_step
 from tests.kernels.guided_step_cases import SCALES, STEP, TABLES, check, draw_known
+from tests.kernels.latent_strategies import DTYPE, LAYOUT, SETTINGS, SHAPE, hypothesis, st
 from tests.kernels.noising_cases import LAYOUTS
-
-hypothesis = pytest.importorskip("hypothesis")
-st = pytest.importorskip("hypothesis.strategies")
-
-SETTINGS = {
-    "deadline": None,
-    "derandomize": True,
-    "suppress_health_check": [hypothesis.HealthCheck.function_scoped_fixture],  # they hold no state
-}
-SHAPE = st.tuples(*(st.integers(1, most) for most in (3, 4, 5, 9, 9)))
 
 
 @hypothesis.settings(max_examples=80, **SETTINGS)
 @hypothesis.given(
     shape=SHAPE,
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    layout=st.sampled_from(sorted(LAYOUTS)),
+    dtype=DTYPE,
+    layout=LAYOUT,
     kind=st.sampled_from(["nothing", "frames", "frames for all", "cells", "cells for all"]),
     branches=st.sampled_from(sorted(SCALES)),
     clip=st.sampled_from([None, 0.5]),

@@ -1,9 +1,9 @@
 """`noising` and `masked_mse` over whatever Hypothesis draws."""
 
-import pytest
 import torch
 
 from fastvid.functional import masked_mse, noising
+from tests.kernels.latent_strategies import DTYPE, LAYOUT, SETTINGS, SHAPE, hypothesis, st
 from tests.kernels.noising_cases import (
     KNOWN,
     LAYOUTS,
@@ -16,18 +16,6 @@ from tests.kernels.noising_cases import (
     draw_known,
     draw_levels,
 )
-
-hypothesis = pytest.importorskip("hypothesis")
-st = pytest.importorskip("hypothesis.strategies")
-
-SETTINGS = {
-    "deadline": None,
-    "derandomize": True,
-    "suppress_health_check": [hypothesis.HealthCheck.function_scoped_fixture],  # they hold no state
-}
-SHAPE = st.tuples(*(st.integers(1, most) for most in (3, 4, 5, 9, 9)))
-DTYPE = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
-LAYOUT = st.sampled_from(sorted(LAYOUTS))
 
 
 @hypothesis.settings(max_examples=80, **SETTINGS)

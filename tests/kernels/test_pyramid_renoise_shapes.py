@@ -1,9 +1,9 @@
 """The pyramid's ops over whatever Hypothesis draws."""
 
-import pytest
 import torch
 
 from fastvid.functional import pyramid_renoise
+from tests.kernels.latent_strategies import DTYPE, LAYOUT, SETTINGS, SHAPE, hypothesis, st
 from tests.kernels.noising_cases import LAYOUTS
 from tests.kernels.pyramid_renoise_cases import (
     ENDPOINTS,
@@ -15,18 +15,6 @@ from tests.kernels.pyramid_renoise_cases import (
     check_halve,
     check_renoise,
 )
-
-hypothesis = pytest.importorskip("hypothesis")
-st = pytest.importorskip("hypothesis.strategies")
-
-SETTINGS = {
-    "deadline": None,
-    "derandomize": True,
-    "suppress_health_check": [hypothesis.HealthCheck.function_scoped_fixture],  # they hold no state
-}
-SHAPE = st.tuples(*(st.integers(1, most) for most in (3, 4, 5, 9, 9)))
-DTYPE = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
-LAYOUT = st.sampled_from(sorted(LAYOUTS))
 
 
 @hypothesis.settings(max_examples=60, **SETTINGS)

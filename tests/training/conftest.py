@@ -84,3 +84,17 @@ def config(clips, tmp_path):
         return TrainVDT(**parts)
 
     return make
+
+
+@pytest.fixture
+def awakened():
+    """`awakened(model)`: in eval mode, without its zero weights."""
+
+    def redraw(model):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.1 * torch.randn(p.shape))
+        return model.eval()
+
+    return redraw

@@ -34,14 +34,8 @@ def config(clips, tmp_path):
 
 
 @pytest.fixture
-def awake():
-    """A model without zero weights."""
-    torch.manual_seed(0)
-    model = MarDini(MODEL)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn(p.shape))
-    return model.eval()
+def awake(awakened):
+    return awakened(MarDini(MODEL))
 
 
 @pytest.fixture

@@ -37,14 +37,8 @@ def config(clips, tmp_path):
 
 
 @pytest.fixture
-def awake():
-    """A model without zero weights."""
-    torch.manual_seed(0)
-    model = PyramidFlux(MODEL)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn(p.shape))
-    return model.eval()
+def awake(awakened):
+    return awakened(PyramidFlux(MODEL))
 
 
 def draws_of(numbers, batch):
